@@ -1,0 +1,41 @@
+"""Transformer decoding in JAX where the KV cache is a value."""
+
+from kvjax import caches, donating, sampling
+from kvjax.caches import codecs
+from kvjax.caches.base import Cache
+from kvjax.config import Config
+from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
+from kvjax.lm import LM, load
+from kvjax.loops.decode import decode, prefill, step
+from kvjax.loops.host import Generated, generate
+from kvjax.model import Model, attend, cache_nbytes, decoder, forward, init_cache
+from kvjax.params import init_params
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cache",
+    "CacheError",
+    "CheckpointError",
+    "Config",
+    "Generated",
+    "InputError",
+    "KvjaxError",
+    "LM",
+    "Model",
+    "attend",
+    "cache_nbytes",
+    "caches",
+    "codecs",
+    "decode",
+    "decoder",
+    "donating",
+    "forward",
+    "generate",
+    "init_cache",
+    "init_params",
+    "load",
+    "prefill",
+    "sampling",
+    "step",
+]

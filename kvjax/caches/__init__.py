@@ -1,0 +1,12 @@
+"""Kinds of cache. Another cache is another word: `caches.dense()`, `caches.ring(1024)`, `caches.recompute()`."""
+
+from kvjax.caches.base import Cache, OpenCache
+from kvjax.caches.dense import dense
+from kvjax.caches.plans import default, init_layers, parse
+from kvjax.caches.recompute import recompute
+from kvjax.caches.ring import ring
+
+KINDS = (dense, ring, recompute)
+"""Every kind; the shared tests and the command line run over it."""
+
+__all__ = ["dense", "ring", "recompute", "default", "parse", "init_layers", "Cache", "OpenCache", "KINDS"]

@@ -1,0 +1,80 @@
+"""Plans: which kind each layer gets. A plan is one kind for all layers, or a tuple with one kind a layer."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax.caches.base import LayerShape
+from kvjax.caches.dense import dense
+from kvjax.caches.recompute import recompute
+from kvjax.caches.ring import ring
+from kvjax.config import Config
+from kvjax.errors import InputError
+
+SLACK = 16
+"""Tokens that a local layer's ring can be rewound under the default plan."""
+
+
+def default(config: Config) -> tuple[Any, ...]:
+    """The sensible plan: a ring with a slack of 16 for layers with a window, dense for those that see everything."""
+    return tuple(for_window(window) for window in config.windows)
+
+
+def for_window(window: int | None) -> Any:
+    """The default kind for a layer whose queries see `window` positions, or everything."""
+    return dense() if window is None else ring(window, slack=SLACK)
+
+
+def init_layers(plan: Any, shapes: tuple[LayerShape, ...], batch: int, capacity: int) -> tuple[Any, ...]:
+    """Empty nodes for layers of these shapes.
+
+    Raises:
+        InputError: `plan` is no kind, or a tuple of another length than the layers.
+    """
+    kinds = plan if isinstance(plan, tuple) else (plan,) * len(shapes)
+    if len(kinds) != len(shapes):
+        raise InputError(f"plan: {len(kinds)} kinds for {len(shapes)} layers")
+    for kind in kinds:
+        if not hasattr(kind, "init"):
+            raise InputError(f"plan: {kind!r} is no kind of cache; call it, as in caches.dense()")
+    return tuple(kind.init(shape, batch, capacity) for kind, shape in zip(kinds, shapes, strict=True))
+
+
+def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, recompute)) -> Any:
+    """Reads a kind as it stands in Python, `ring(1024, sinks=4)`; parsed, never evaluated.
+
+    Args:
+        text: a kind's name, with or without arguments: whole numbers, or a dtype's name for `store`.
+        kinds: the functions that may be named.
+
+    Raises:
+        InputError: another name, or an argument that is no number and no dtype.
+    """
+    names = {kind.__name__: kind for kind in kinds}
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"cache {text!r} does not read as Python; write for example ring(1024, sinks=4)") from error
+    call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+    if not isinstance(call.func, ast.Name) or call.func.id not in names:
+        raise InputError(f"cache {text!r} names no kind; there are {', '.join(names)}")
+    arguments = [_value(text, node) for node in call.args]
+    options = {str(item.arg): _value(text, item.value) for item in call.keywords}
+    try:
+        return names[call.func.id](*arguments, **options)
+    except TypeError as error:
+        raise InputError(f"cache {text!r}: {error}") from error
+
+
+def _value(text: str, node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Name) and node.id in ("float32", "float16", "bfloat16", "float64"):
+        return jnp.dtype(node.id)
+    raise InputError(f"cache {text!r}: {ast.unparse(node)} is neither a whole number nor a dtype such as bfloat16")
+
+
+__all__ = ["default", "for_window", "init_layers", "parse", "SLACK"]

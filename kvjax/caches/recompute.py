@@ -1,0 +1,76 @@
+"""Recompute: keeps nothing. Every call feeds the whole text again, under the same loops: the reference for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax import struct
+from kvjax.caches import storage
+from kvjax.caches.base import LayerShape, Node, Project, Span
+from kvjax.errors import CacheError, InputError
+from kvjax.ops.attention import EMPTY, View
+from kvjax.types import Array
+
+
+@struct.node
+class Recompute(Node):
+    """A layer without a cache: hands back the keys and values of the call, which is the whole text.
+
+    Args:
+        window, sinks: attend as `ring(window, sinks=sinks)` does; None and 0 as the layer itself does.
+    """
+
+    window: int | None = struct.static(default=None)
+    sinks: int = struct.static(default=0)
+
+    replays = True
+
+    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Recompute]:
+        """See `Node`."""
+        k, v = project.kv(h, span.positions)
+        at = jnp.where(span.real(), span.order, EMPTY)
+        return (View(storage.pack(k), storage.pack(v), at, window=self.window, sinks=self.sinks),), self
+
+    def resize(self, capacity: int) -> Recompute:
+        """Itself."""
+        return self
+
+    def take(self, rows: Array) -> Recompute:
+        """Itself."""
+        return self
+
+    def contents(self, lengths: Array) -> tuple[Array, Array, Array]:
+        """Raises CacheError: there is nothing to look at."""
+        raise CacheError("recompute keeps no keys and values")
+
+
+@dataclasses.dataclass(frozen=True)
+class RecomputeKind:
+    """See `recompute`."""
+
+    window: int | None
+    sinks: int
+
+    def init(self, shape: LayerShape, batch: int, capacity: int) -> Recompute:
+        """See `Kind`."""
+        return Recompute(self.window, self.sinks)
+
+
+def recompute(*, window: int | None = None, sinks: int = 0) -> RecomputeKind:
+    """No cache: everything is computed anew from the tokens at every call. The reference.
+
+    Args:
+        window, sinks: the reference for `ring(window, sinks=sinks)` on layers that would see everything.
+
+    Raises:
+        InputError: `window` is less than 1, or `sinks` is negative.
+    """
+    if (window is not None and window < 1) or sinks < 0:
+        raise InputError(f"caches.recompute: window must be at least 1 and sinks 0 or more, not {window} and {sinks}")
+    return RecomputeKind(window, sinks)
+
+
+__all__ = ["recompute", "Recompute", "RecomputeKind"]

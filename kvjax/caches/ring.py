@@ -1,0 +1,137 @@
+"""Ring: the last `window` positions, and the first `sinks` ones, in memory that does not grow with the text.
+
+Sliding-window attention (Beltagy et al. 2020, 2004.05150; Mistral 7B, 2310.06825); sinks at their positions in the
+text after StreamingLLM (Xiao et al. 2023, 2309.17453).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax import struct
+from kvjax.caches import codecs
+from kvjax.caches.base import LayerShape, Node, Project, Span, views_of
+from kvjax.errors import InputError
+from kvjax.ops.attention import EMPTY, View
+from kvjax.types import Array
+
+
+@struct.node
+class Ring(Node):
+    """Keys and values of `sinks + window + slack` positions; which one a slot holds follows from the length alone.
+
+    Args:
+        k, v: stores of a codec: first the sinks, then the ring, slot `sinks + (p - sinks) mod (window + slack)`.
+        window: positions that a query sees, its own included.
+        sinks: positions at the start of the text that are always seen.
+        slack: positions kept beyond the window, so that a row can be rewound.
+    """
+
+    k: Any
+    v: Any
+    window: int = struct.static()
+    sinks: int = struct.static()
+    slack: int = struct.static()
+
+    @property
+    def size(self) -> int:
+        """Slots of the ring proper."""
+        return self.window + self.slack
+
+    @property
+    def max_rewind(self) -> int:  # type: ignore[override]
+        """The slack."""
+        return self.slack
+
+    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Ring]:
+        """See `Node`."""
+        k, v = project.kv(h, span.positions)
+        slots = self._slots(span)
+        node = self.replace(  # type: ignore[attr-defined]
+            k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions)
+        )
+        if k.shape[1] <= self.slack + 1:
+            # What the new tokens overwrite lies outside the window of the first of them.
+            return node._views(span.end), node
+        # A longer chunk overwrites what its first queries still see: they read the ring as it was, and the chunk.
+        at = jnp.where(span.real(), span.order, EMPTY)
+        chunk = views_of(self.k.fresh(k, at), self.v.fresh(v, at), window=self.window, sinks=self.sinks)
+        return (*self._views(span.start), *chunk), node
+
+    def _views(self, end: Array) -> tuple[View, ...]:
+        at = self._positions(end)
+        return views_of(self.k.read(at, end), self.v.read(at, end), window=self.window, sinks=self.sinks)
+
+    def _slots(self, span: Span) -> Array:
+        order, full = span.order, self.sinks + self.size
+        ring = self.sinks + (order - self.sinks) % self.size
+        at = jnp.where(order < self.sinks, order, ring)
+        kept = span.real() & ((order >= span.end[:, None] - self.size) | (order < self.sinks))
+        return jnp.where(kept, at, full)
+
+    def _positions(self, end: Array) -> Array:
+        """`[B, slots]` int32: what each slot holds once a row has `end[b]` tokens."""
+        j = jnp.arange(self.size, dtype=jnp.int32)[None, :]
+        last = end[:, None] - 1 - self.sinks  # of the ring proper, counted from its first position
+        held = last - (last - j) % self.size
+        held = jnp.where(held >= 0, held + self.sinks, EMPTY)
+        if not self.sinks:
+            return held
+        first = jnp.arange(self.sinks, dtype=jnp.int32)[None, :]
+        return jnp.concatenate([jnp.where(first < end[:, None], first, EMPTY), held], axis=1)
+
+    def resize(self, capacity: int) -> Ring:
+        """Itself: a ring does not grow with the text."""
+        return self
+
+    def take(self, rows: Array) -> Ring:
+        """See `Node`."""
+        return self.replace(k=self.k.take(rows), v=self.v.take(rows))  # type: ignore[attr-defined]
+
+    def contents(self, lengths: Array) -> tuple[Array, Array, Array]:
+        """See `Node`."""
+        return self.k.unpacked(), self.v.unpacked(), self._positions(lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class RingKind:
+    """See `ring`."""
+
+    window: int
+    sinks: int
+    slack: int
+    store: Any
+
+    def init(self, shape: LayerShape, batch: int, capacity: int) -> Ring:
+        """See `Kind`."""
+        slots = self.sinks + self.window + self.slack
+        k = self.store.empty(batch, shape.kv_heads, slots, shape.key_dim, shape.dtype)
+        v = self.store.empty(batch, shape.kv_heads, slots, shape.value_dim, shape.dtype)
+        return Ring(k, v, self.window, self.sinks, self.slack)
+
+
+def ring(window: int, *, sinks: int = 0, slack: int = 0, store: Any = None) -> RingKind:
+    """The last `window` positions in bounded memory.
+
+    Exact for a layer whose own window is at least as short. For a layer that sees everything this is another
+    algorithm, sliding-window attention; `recompute(window=, sinks=)` is its reference.
+
+    Args:
+        window: positions that a query sees, its own included, in tokens.
+        sinks: positions at the start of the text that are always seen, at their positions in the text.
+        slack: how many tokens a row can be rewound exactly.
+        store: a codec, or a floating dtype; None stores what the model computes in.
+
+    Raises:
+        InputError: `window` is less than 1, or another number negative.
+    """
+    for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("slack", slack, 0)):
+        if value < least:
+            raise InputError(f"caches.ring: {name} must be at least {least}, not {value}")
+    return RingKind(window, sinks, slack, codecs.as_codec(store))
+
+
+__all__ = ["ring", "Ring", "RingKind"]

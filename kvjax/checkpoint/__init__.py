@@ -1,0 +1,1 @@
+"""Reading checkpoints: the safetensors reader, the rules engine, one file per model family."""

@@ -1,0 +1,123 @@
+"""Layer functions: parameters and activations in, activations and cache out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvjax.caches.base import OpenCache, Project
+from kvjax.config import Config
+from kvjax.types import Array, Params
+
+
+def linear(params: Params, x: Array) -> Array:
+    """`x[..., in] @ kernel[in, out] + bias[out]`."""
+    flat = x.reshape(-1, x.shape[-1])  # one matrix product: leading axes only confuse the layout
+    y = lax.dot_general(flat, params["kernel"].astype(x.dtype), (((1,), (0,)), ((), ())))
+    if "bias" in params:
+        y = y + params["bias"][None, :].astype(y.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def feed_forward(params: Params, config: Config, x: Array) -> Array:
+    """`[B, S, M]` to `[B, S, M]`: down(activation(gate) · up), or down(activation(up))."""
+    if config.gated:
+        gate, up = jnp.split(linear(params["gate_up"], x), 2, axis=-1)
+        return linear(params["down"], config.activation(gate) * up)
+    return linear(params["down"], config.activation(linear(params["up"], x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Rotates to positions; the tables of the new tokens' own positions are made once for all layers.
+
+    Args:
+        config: the model.
+        positions: `[B, S]` int32 of the new tokens.
+        tables: made for `positions`.
+        dtype: what the model computes in.
+    """
+
+    config: Config
+    positions: Array
+    tables: Any
+    dtype: Any
+
+    @classmethod
+    def at(cls, config: Config, positions: Array, dtype: Any) -> Rotation:
+        """With its tables made."""
+        return cls(config, positions, config.positions.tables(positions, config.head_dim, dtype), dtype)
+
+    def __call__(self, x: Array, positions: Array) -> Array:
+        """`x[B, S, heads, D]` turned to `positions[B, S]`."""
+        tables = self.tables
+        if positions is not self.positions:
+            tables = self.config.positions.tables(positions, self.config.head_dim, self.dtype)
+        return self.config.positions.rotate(x, tables)
+
+
+def self_attention(
+    params: Params, config: Config, x: Array, cache: OpenCache, layer: int, rotation: Rotation
+) -> tuple[Array, OpenCache]:
+    """Norm, projections, attention over the cache, output projection.
+
+    Args:
+        params: the layer's parameters.
+        config: the model.
+        x: `[B, S, M]`, the residual stream before the norm.
+        cache: open.
+        layer: which.
+        rotation: for the call's positions.
+
+    Returns:
+        `[B, S, M]` to be added to the stream, and the cache with the layer extended.
+    """
+    h, k, d = config.query_heads, config.kv_heads, config.head_dim
+    attn = params["attn"]
+
+    def project(x: Array) -> tuple[Array, Array, Array]:
+        b, s, _ = x.shape
+        qkv = linear(attn["qkv"], config.norm(params["attn_norm"], x))  # [B, S, (H + 2K) * D]
+        q, keys, values = jnp.split(qkv, [h * d, (h + k) * d], axis=-1)
+        q, keys, values = (y.reshape(b, s, -1, d) for y in (q, keys, values))
+        if config.qk_norm is not None:
+            q, keys = config.qk_norm(attn["q_norm"], q), config.qk_norm(attn["k_norm"], keys)
+        return q, keys, values
+
+    q, own_keys, own_values = project(x)
+
+    def kv(stream: Array, positions: Array | None) -> tuple[Array, Array]:
+        keys, values = (own_keys, own_values) if stream is x else project(stream)[1:]
+        return (keys if positions is None else rotation(keys, positions)), values
+
+    out, cache = cache.attend(
+        layer,
+        q,
+        Project(kv, rotation),
+        x,
+        kv_heads=k,
+        scale=config.scale,
+        window=config.windows[layer],
+    )
+    return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
+
+
+def decoder_layer(
+    params: Params, config: Config, x: Array, cache: OpenCache, layer: int, rotation: Rotation
+) -> tuple[Array, OpenCache]:
+    """A pre-norm layer: x + attention, then x + feed-forward; `x[B, S, M]` to `[B, S, M]`."""
+    with jax.named_scope(f"layer_{layer}"):
+        with jax.named_scope("attention"):
+            y, cache = self_attention(params, config, x, cache, layer, rotation)
+            x = x + y
+        cache = cache.record(layer, "after_self_attention", x)
+        with jax.named_scope("ffn"):
+            x = x + feed_forward(params["ffn"], config, config.norm(params["ffn_norm"], x))
+        return x, cache.record(layer, "after_ffn", x)
+
+
+__all__ = ["linear", "feed_forward", "Rotation", "self_attention", "decoder_layer"]

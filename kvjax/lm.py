@@ -1,0 +1,160 @@
+"""A language model on the host: parameters, tokenizer, and what ends a text. `load` makes one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.checkpoint.families import FAMILIES
+from kvjax.checkpoint.fields import Fields, report
+from kvjax.checkpoint.folder import Tensors, read_json, read_json_if_there
+from kvjax.checkpoint.reader import show
+from kvjax.checkpoint.rules import Family, Leaf, convert, plan
+from kvjax.checkpoint.source import resolve
+from kvjax.config import Config
+from kvjax.errors import CheckpointError, InputError
+from kvjax.model import Model, decoder
+from kvjax.text import Tokenizer, load_tokenizer, special_id
+from kvjax.types import DType
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """What `generate` and the command line take.
+
+    Args:
+        model: the pytree.
+        tokenizer: None where the folder has none; then only ids go in and out.
+        name: for people.
+        eos_ids: tokens that end a text, possibly none.
+        bos_id: the token that begins one, or None.
+    """
+
+    model: Model
+    tokenizer: Tokenizer | None = None
+    name: str = ""
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; see `Tokenizer.encode`."""
+        return self._text().encode(text)
+
+    def decode(self, ids: Any) -> str:
+        """Text of ids; see `Tokenizer.decode`."""
+        return self._text().decode(ids)
+
+    def _text(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InputError(f"model {self.name!r} has no tokenizer.json: give token ids instead of text")
+        return self.tokenizer
+
+
+def load(
+    source: str | os.PathLike[str], *, dtype: DType | None = None, strict: bool = False, revision: str | None = None
+) -> LM:
+    """Loads a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json.
+
+    Args:
+        source: a bundled name; a path, if it has a separator or begins with "."; else a hub id.
+        dtype: of the parameters; None is float32 on CPU, float16 on a T4 (no bfloat16 there), else the checkpoint's own.
+        strict: a key of config.json that kvjax does not know is an error instead of a warning.
+        revision: branch, tag or commit, of a hub id only.
+
+    Returns:
+        The model with its tokenizer.
+
+    Raises:
+        CheckpointError: missing, damaged, of an unknown family, or its tensors do not fit; every tensor in one error.
+        InputError: `dtype` is not a floating one, or needs x64.
+    """
+    if dtype is not None:
+        dtype = _checked(dtype)
+    folder, name = resolve(source, revision)
+    hf = read_json(folder / "config.json")
+    family, config = read_config(hf, strict)
+    with Tensors(folder) as tensors:
+        leaves = plan(family, config, tensors)
+        params = convert(leaves, tensors, _default_dtype(leaves, tensors) if dtype is None else dtype)
+    bos, eos = _ends(folder, hf)
+    tokenizer = load_tokenizer(folder, bos_id=bos, vocab_size=config.vocab_size)
+    if tokenizer is not None:
+        values = read_json_if_there(folder / "tokenizer_config.json")
+        bos = tokenizer.bos_id if bos is None else bos
+        if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
+            eos = (found,)
+    return LM(decoder(config, params), tokenizer, name, eos, bos)
+
+
+def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
+    """The family and the configuration that a config.json describes.
+
+    Args:
+        hf: the parsed file.
+        strict: unknown keys are errors.
+
+    Raises:
+        CheckpointError: an unknown family, a value that is refused or makes no sense, an unknown key if `strict`.
+    """
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise CheckpointError(f"config.json: model_type is {show(kind)}; known are {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    unknown = family.keys.check(hf)
+    fields = Fields(hf, aliases=family.aliases)
+    try:
+        config = family.config(fields)
+    except InputError as error:
+        raise CheckpointError(f"config.json describes no model: {error}") from error
+    report(unknown + fields.unknown, strict)
+    return family, config
+
+
+def _checked(dtype: DType) -> np.dtype[Any]:
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+        raise InputError(f"load: dtype must be float16, bfloat16, float32 or float64, not {dtype}")
+    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+        raise InputError("load: dtype float64 needs 64-bit mode: set JAX_ENABLE_X64=1")
+    return dtype
+
+
+def _default_dtype(leaves: list[Leaf], tensors: Tensors) -> np.dtype[Any]:
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return jnp.dtype(jnp.float32)
+    if "T4" in device.device_kind:
+        return jnp.dtype(jnp.float16)
+    sizes: Counter[np.dtype[Any]] = Counter()
+    for leaf in leaves:
+        for part in leaf.parts:
+            info = tensors.info(part.name)
+            sizes[info.dtype] += info.stop - info.start
+    own = sizes.most_common(1)[0][0]
+    return own if own in (jnp.float16, jnp.bfloat16) else jnp.dtype(jnp.float32)
+
+
+def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+    generation = read_json_if_there(folder / "generation_config.json")
+    bos = _ids(generation, "bos_token_id", folder) or _ids(hf, "bos_token_id", folder)
+    eos = _ids(generation, "eos_token_id", folder) or _ids(hf, "eos_token_id", folder)
+    return (bos[0] if bos else None), eos
+
+
+def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:
+    value = values.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for i in ids:
+        if type(i) is not int or not -1 <= i < 2**31:
+            raise CheckpointError(f"{folder}: {key} must be an id or a list of ids, not {show(value)}")
+    return tuple(i for i in ids if i >= 0)
+
+
+__all__ = ["LM", "load", "read_config"]

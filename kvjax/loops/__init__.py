@@ -1,0 +1,1 @@
+"""Loops over any model and any kind of cache."""

@@ -1,0 +1,265 @@
+"""Prefill, one step, a scan of steps, and a loop that stops; each compiled once, as values and with the cache donated.
+
+Nothing here knows a kind of cache, or a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kvjax import sampling, struct
+from kvjax.caches.base import Cache, is_concrete
+from kvjax.errors import CacheError, InputError
+from kvjax.loops.feed import feed, finish
+from kvjax.model import Model
+from kvjax.types import Array
+
+BUCKET = 16
+"""The smallest prompt bucket, in tokens; each next one is twice as long."""
+
+
+def bucket(length: int, least: int = BUCKET) -> int:
+    """The smallest of least, 2 least, 4 least, … that holds `length` tokens."""
+    size = least
+    while size < length:
+        size *= 2
+    return size
+
+
+def _prefill(model: Model, cache: Cache, tokens: Array, valid: Array) -> tuple[Array, Cache]:
+    x, cache = feed(model, cache, tokens, valid)
+    last = jnp.clip(valid - 1, 0, tokens.shape[1] - 1)
+    x = jnp.take_along_axis(x, last.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)  # [B, 1, ...]
+    logits, cache = finish(model, cache, x, tokens, valid)
+    return logits[:, 0], cache
+
+
+def _step(model: Model, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
+    valid = jnp.ones_like(tokens)
+    x, cache = feed(model, cache, tokens[:, None], valid)
+    logits, cache = finish(model, cache, x, tokens[:, None], valid)
+    return logits[:, 0], cache
+
+
+def _decode(
+    model: Model, cache: Cache, logits: Array, sampler: Any, seeds: Array, steps: int
+) -> tuple[Array, Array, Cache]:
+    keys = sampling.row_keys(seeds)
+
+    def one(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], Array]:
+        logits, cache = carry
+        tokens = sampler(logits, sampling.position_keys(keys, cache.lengths))
+        return _step(model, cache, tokens), tokens
+
+    (logits, cache), tokens = lax.scan(one, (logits, cache), None, length=steps)
+    return tokens.T, logits, cache
+
+
+@struct.node
+class Progress:
+    """Where a loop that stops stands. What a row emitted is what was fed: `cache.tokens[row, prompt:length]`.
+
+    Args:
+        cache: with all emitted tokens fed.
+        logits: `[B, V]`, for the next token of each row.
+        stopped: `[B]` bool, rows that emitted one of the stop ids.
+        wasted: int32, steps that no row needed: a chunk runs to its end.
+    """
+
+    cache: Cache
+    logits: Array
+    stopped: Array
+    wasted: Array
+
+    def done(self, limits: Array) -> Array:
+        """`[B]` bool, rows that want no more: stopped, at their limit, or flagged."""
+        return self.stopped | (self.cache.lengths >= limits) | (self.cache.flags != 0)
+
+
+def _decode_until(
+    model: Model, state: Progress, sampler: Any, seeds: Array, stops: Array, limits: Array, chunks: Array, chunk: int
+) -> Progress:
+    keys = sampling.row_keys(seeds)
+    room = state.cache.capacity
+
+    def one(state: Progress, _: None) -> tuple[Progress, None]:
+        cache = state.cache
+        rests = state.done(limits) | (cache.lengths >= room)
+        tokens = sampler(state.logits, sampling.position_keys(keys, cache.lengths))
+        valid = jnp.where(rests, 0, 1).astype(jnp.int32)
+        x, cache = feed(model, cache, tokens[:, None], valid)
+        logits, cache = finish(model, cache, x, tokens[:, None], valid)
+        stops_here = jnp.any(tokens[:, None] == stops[None, :], axis=1)
+        return Progress(
+            cache,
+            jnp.where(rests[:, None], state.logits, logits[:, 0]),
+            jnp.where(rests, state.stopped, stops_here),
+            state.wasted + jnp.all(rests).astype(jnp.int32),
+        ), None
+
+    def more(carry: tuple[Array, Progress]) -> Array:
+        wants = ~carry[1].done(limits)
+        return (carry[0] < chunks) & jnp.any(wants) & ~jnp.any(wants & (carry[1].cache.lengths >= room))
+
+    def run(carry: tuple[Array, Progress]) -> tuple[Array, Progress]:
+        return carry[0] + 1, lax.scan(one, carry[1], None, length=chunk)[0]
+
+    return lax.while_loop(more, run, (jnp.zeros((), jnp.int32), state))[1]
+
+
+_compiled = {
+    False: {
+        "prefill": jax.jit(_prefill),
+        "step": jax.jit(_step),
+        "decode": jax.jit(_decode, static_argnames="steps"),
+    },
+    True: {
+        "prefill": jax.jit(_prefill, donate_argnums=1),
+        "step": jax.jit(_step, donate_argnums=1),
+        "decode": jax.jit(_decode, static_argnames="steps", donate_argnums=1),
+    },
+}
+decode_until = jax.jit(_decode_until, static_argnames="chunk", donate_argnums=1)
+"""The loop under `generate`: chunks of `chunk` steps until every row is done or one has no room; at most `chunks`.
+
+Args:
+    model: any model.
+    state: donated.
+    sampler: see `kvjax.sampling`.
+    seeds: `[B]` uint32.
+    stops: `[n]` int32, ids that end a row once emitted; -1 is no id.
+    limits: `[B]` int32, absolute lengths at which rows end.
+    chunks: int32.
+    chunk: static, steps between two looks at whether all rows are done.
+"""
+
+
+def prefill(model: Model, cache: Cache, tokens: Any, valid: Any = None, *, _donate: bool = False) -> tuple[Array, Cache]:
+    """Feeds any number of tokens a row and gives the logits after the last.
+
+    Prompts are padded to buckets (16, 32, 64, …), so that lengths of one bucket share a program. Above about 1,024
+    slots attention goes in blocks of queries: temporary memory grows with S, not with S times the capacity.
+
+    Args:
+        model: any model.
+        cache: stays usable.
+        tokens: `[B, S]` int32, padded at the end; a cache that has tokens goes on from there.
+        valid: `[B]` int32, how many of a row's tokens are real, or None for all. 0 leaves a row as it is; its logits
+            mean nothing.
+
+    Returns:
+        Logits `[B, V]` and the cache.
+
+    Raises:
+        InputError: shapes or dtypes are wrong, or `valid` is outside 0 to S.
+        CacheError: a row's tokens do not fit the capacity (on the host; under `jit` the row is flagged).
+    """
+    tokens, valid = _check_tokens("prefill", model, cache, tokens, valid)
+    if is_concrete(tokens):
+        size = bucket(tokens.shape[1])
+        tokens = np.pad(np.asarray(tokens), ((0, 0), (0, size - tokens.shape[1])))
+    return _compiled[_donate]["prefill"](model, cache, tokens, valid)
+
+
+def step(model: Model, cache: Cache, tokens: Any, *, _donate: bool = False) -> tuple[Array, Cache]:
+    """Feeds one token a row, for loops of one's own. Does not wait for the device: call `cache.check()` now and then.
+
+    Args:
+        model: any model.
+        cache: stays usable.
+        tokens: `[B]` int32.
+
+    Returns:
+        Logits `[B, V]` and the cache.
+
+    Raises:
+        InputError: `tokens` is not `[B]` whole numbers.
+    """
+    tokens = jnp.asarray(tokens)
+    if tokens.shape != (cache.batch,) or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"step: tokens {tokens.dtype.name}{list(tokens.shape)} must be whole numbers [{cache.batch}]")
+    return _compiled[_donate]["step"](model, cache, tokens.astype(jnp.int32))
+
+
+def decode(
+    model: Model,
+    cache: Cache,
+    logits: Array,
+    *,
+    steps: int,
+    sampler: Any = None,
+    seed: Any = 0,
+    _donate: bool = False,
+) -> tuple[Array, Array, Cache]:
+    """A fixed number of steps in one `lax.scan`: each samples a token a row and feeds it.
+
+    Args:
+        model: any model.
+        cache: stays usable.
+        logits: `[B, V]`, for the first token, from `prefill`, `step` or `decode`.
+        steps: static.
+        sampler: see `kvjax.sampling`; None is greedy.
+        seed: int, or one int a row; a seed samples the same alone and in any row.
+
+    Returns:
+        Tokens `[B, steps]`, logits `[B, V]` for the next token, and the cache.
+
+    Raises:
+        InputError: shapes are wrong.
+    """
+    if logits.ndim != 2 or logits.shape[0] != cache.batch:
+        raise InputError(f"decode: logits {list(logits.shape)} must be [B, V] for a batch of {cache.batch}")
+    if steps < 1:
+        raise InputError(f"decode: steps must be at least 1, not {steps}")
+    chosen = sampling.greedy() if sampler is None else sampler
+    run = _compiled[_donate]["decode"]
+    return run(model, cache, logits, chosen, seeds_of(seed, cache.batch), steps=steps)
+
+
+def seeds_of(seed: Any, batch: int) -> Array:
+    """`[B]` uint32 from an int or one int a row.
+
+    Raises:
+        InputError: a seed is outside 0 to 2³² - 1, or there are not as many as rows.
+    """
+    if not is_concrete(seed):
+        return jnp.broadcast_to(seed.astype(jnp.uint32), (batch,))
+    values = np.asarray(seed)
+    if values.ndim > 1 or values.shape not in ((), (batch,)) or not np.issubdtype(values.dtype, np.integer):
+        raise InputError(f"seed: {seed!r} must be an int, or one a row for {batch} rows")
+    if values.size and (values.min() < 0 or values.max() > 0xFFFFFFFF):
+        raise InputError(f"seed: {seed!r} must lie between 0 and {0xFFFFFFFF}")
+    return np.broadcast_to(values.astype(np.uint32), (batch,))  # type: ignore[return-value]
+
+
+def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any) -> tuple[Any, Any]:
+    tokens = tokens if not is_concrete(tokens) else np.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.shape[0] != cache.batch:
+        raise InputError(
+            f"{name}: tokens must be whole numbers [{cache.batch}, S], not {tokens.dtype}{list(tokens.shape)}"
+        )
+    b, s = tokens.shape
+    if s < 1:
+        raise InputError(f"{name}: tokens has no columns; feed at least one token")
+    valid = np.full((b,), s, np.int32) if valid is None else valid
+    valid = valid if not is_concrete(valid) else np.asarray(valid, np.int32)
+    if valid.shape != (b,):
+        raise InputError(f"{name}: valid has shape {list(valid.shape)} for {b} rows")
+    if is_concrete(valid) and ((valid < 0) | (valid > s)).any():
+        raise InputError(f"{name}: valid {valid.tolist()} must lie between 0 and {s}, the columns of tokens")
+    if is_concrete(valid) and is_concrete(cache.lengths):
+        limit, what = cache.capacity, "capacity"
+        if model.max_positions is not None and model.max_positions < limit:
+            limit, what = model.max_positions, "positions of the model"
+        for row, (have, new) in enumerate(zip(np.asarray(cache.lengths), valid, strict=True)):
+            if have + new > limit:
+                raise CacheError(f"{name}: row {row} has length {have}, {new} more do not fit: {what} {limit}")
+    return tokens.astype(np.int32), valid.astype(np.int32)
+
+
+__all__ = ["prefill", "step", "decode", "decode_until", "Progress", "bucket", "seeds_of"]

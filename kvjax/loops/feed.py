@@ -1,0 +1,81 @@
+"""One call of a model on a cache: room is checked, tokens are noted, lengths and flags move."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from kvjax.caches.base import CAPACITY, NAN, POSITIONS, TOKEN, Cache, OpenCache, Span
+from kvjax.model import Model
+from kvjax.types import Array
+
+
+def feed(model: Model, cache: Cache, tokens: Array, valid: Array) -> tuple[Array, Cache]:
+    """Feeds S tokens a row.
+
+    A row whose tokens do not fit is left as it is, and flagged: nothing is clamped, wrapped or partly written.
+
+    Args:
+        model: any model.
+        cache: at the tokens that came before.
+        tokens: `[B, S]` int32.
+        valid: `[B]` int32, how many of a row's tokens are real, 0 to S.
+
+    Returns:
+        Features `[B, S, ...]` of the new tokens for `model.head`, and the cache.
+    """
+    b, s = tokens.shape
+    start = cache.lengths
+    full = start + valid > cache.capacity
+    flags = jnp.where(full, CAPACITY, 0)
+    if model.max_positions is not None:
+        past = start + valid > model.max_positions
+        flags |= jnp.where(past, POSITIONS, 0)
+        full |= past
+    valid = jnp.where(full, 0, valid)
+    flags = (cache.flags | flags).astype(jnp.int32)
+    steps = jnp.arange(s, dtype=jnp.int32)[None, :]
+    places = start[:, None] + steps  # [B, S]
+    slots = jnp.where(steps < valid[:, None], places, cache.capacity)
+    noted = cache.tokens.at[jnp.arange(b)[:, None], slots].set(tokens, mode="drop")
+    span = Span(start, valid, places)
+    if cache.replays:
+        # Some layer keeps nothing: the whole text goes through again, and the new tokens' features are picked out.
+        zeros = jnp.zeros_like(start)
+        every = jnp.broadcast_to(jnp.arange(cache.capacity, dtype=jnp.int32)[None, :], noted.shape)
+        x, opened = _apply(model, cache, jnp.maximum(noted, 0), Span(zeros, start + valid, every))
+        at = jnp.clip(places, 0, cache.capacity - 1)
+        x = jnp.take_along_axis(x, at.reshape(b, s, *(1,) * (x.ndim - 2)), axis=1)
+    else:
+        x, opened = _apply(model, cache, tokens, span)
+    lengths = start + valid
+    return x, Cache(opened.layers, opened.shared, noted, lengths, jnp.maximum(cache.written, lengths), flags)
+
+
+def _apply(model: Model, cache: Cache, tokens: Array, span: Span) -> tuple[Array, OpenCache]:
+    opened = OpenCache(cache.layers, cache.shared, span)
+    return model.apply(model.params, model.config, opened, tokens, span.valid)
+
+
+def finish(model: Model, cache: Cache, x: Array, tokens: Array, valid: Array) -> tuple[Array, Cache]:
+    """Logits of some of the fed tokens; flags NaN logits and bad ids, and makes flagged rows' logits NaN.
+
+    Args:
+        model: any model.
+        cache: as `feed` returned it.
+        x: `[B, n, ...]`, features of the wanted tokens.
+        tokens: `[B, S]` int32, what was fed.
+        valid: `[B]` int32, as given to `feed`.
+
+    Returns:
+        `[B, n, V]` and the cache.
+    """
+    logits = model.head(model.params, model.config, x)
+    real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < valid[:, None]
+    bad = jnp.any(real & ((tokens < 0) | (tokens >= logits.shape[-1])), axis=1)
+    broken = jnp.any(jnp.isnan(logits), axis=(1, 2)) & (valid > 0)
+    flags = cache.flags | jnp.where(bad, TOKEN, 0) | jnp.where(broken, NAN, 0)
+    logits = jnp.where((flags != 0)[:, None, None], jnp.nan, logits)
+    return logits, cache.replace(flags=flags.astype(jnp.int32))  # type: ignore[attr-defined]
+
+
+__all__ = ["feed", "finish"]

@@ -1,0 +1,251 @@
+"""A model is a pytree: parameters, a static configuration, and the functions that run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvjax import struct
+from kvjax.caches import plans, storage
+from kvjax.caches.base import Cache, LayerShape, Node, OpenCache, Project, Span
+from kvjax.caches.recompute import Recompute
+from kvjax.config import Config
+from kvjax.errors import InputError
+from kvjax.layers import Rotation, decoder_layer
+from kvjax.ops.attention import EMPTY, View
+from kvjax.types import Array, Params
+
+
+def apply_decoder(
+    params: Params, config: Config, cache: OpenCache, tokens: Array, valid: Array
+) -> tuple[Array, OpenCache]:
+    """Runs the decoder over new tokens.
+
+    Args:
+        params: as `kvjax.params.declare` says.
+        config: the model.
+        cache: open, at the tokens that came before.
+        tokens: `[B, S]` int32.
+        valid: `[B]` int32, how many of a row's tokens are real.
+
+    Returns:
+        Features `[B, S, M]` after the final norm, for `decoder_head`, and the cache.
+    """
+    positions = cache.positions
+    with jax.named_scope("embedding"):
+        x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")  # [B, S, M]; bad ids are flagged
+        x = config.positions.embed(params.get("positions", {}), x, positions)
+    cache = cache.record(0, "embedding", x)
+    rotation = Rotation.at(config, positions, x.dtype)
+    for layer in range(config.num_layers):
+        x, cache = decoder_layer(params["layers"][str(layer)], config, x, cache, layer, rotation)
+    return config.norm(params["final_norm"], x), cache
+
+
+def decoder_head(params: Params, config: Config, x: Array) -> Array:
+    """Features `[B, S, M]` to logits `[B, S, V]`, at least float32."""
+    precise = jnp.promote_types(jnp.float32, x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    kernel, axis = (params["embed"]["table"], 1) if config.tied else (params["head"]["kernel"], 0)
+    y = lax.dot_general(flat, kernel.astype(x.dtype), (((1,), (axis,)), ((), ())), preferred_element_type=precise)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def identity_head(params: Params, config: Any, x: Array) -> Array:
+    """For models whose `apply` returns logits itself."""
+    return x
+
+
+@struct.node
+class Model:
+    """Parameters and what runs them. Loops, plans and tests need nothing else of a model.
+
+    Args:
+        params: a pytree of arrays.
+        config: static and hashable; None for models that need none. If it has `max_positions`, that is the model's
+            limit on positions.
+        apply: a module-level function `(params, config, cache, tokens [B, S], valid [B]) -> (x [B, S, ...], cache)`;
+            a closure over arrays would be compiled in as constants.
+        head: a module-level function `(params, config, x) -> logits`, so that only wanted positions become logits;
+            the default is for an `apply` that returns logits.
+    """
+
+    params: Any
+    config: Any = struct.static()
+    apply: Callable[..., Any] = struct.static()
+    head: Callable[..., Array] = struct.static(default=identity_head)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for, or None."""
+        return getattr(self.config, "max_positions", None)
+
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """What kinds must know of each layer; found by tracing `apply` once, without computing."""
+        if isinstance(self.config, Config):
+            c, dtype = self.config, self.params["embed"]["table"].dtype
+            return tuple(LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, window) for window in c.windows)
+        found = _Found()
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        row = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+        def run(params: Any, start: Array, tokens: Array) -> Array:
+            span = Span(start, jnp.ones_like(start), start[:, None])
+            return self.apply(params, self.config, OpenCache(found, (), span), tokens, span.valid)[0]
+
+        jax.eval_shape(run, self.params, row, tokens)
+        if sorted(found.shapes) != list(range(len(found.shapes))) or not found.shapes:
+            raise InputError(f"Model.apply attends at layers {sorted(found.shapes)}; they must count from 0 upwards")
+        return tuple(found.shapes[i] for i in range(len(found.shapes)))
+
+
+def decoder(config: Config, params: Params) -> Model:
+    """A `Model` of this library's own decoder."""
+    return Model(params, config, apply_decoder, decoder_head)
+
+
+def forward(model: Model, tokens: Any, valid: Any = None) -> Array:
+    """Logits at every position, without a cache: training and scoring.
+
+    Args:
+        model: any model.
+        tokens: `[B, S]` int32.
+        valid: `[B]` int32 or None, tokens of each row that are real; logits past them mean nothing.
+
+    Returns:
+        `[B, S, V]`.
+
+    Raises:
+        InputError: `tokens` is not `[B, S]` whole numbers, or S is past the model's positions.
+    """
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"forward: tokens must be [B, S] whole numbers, not {tokens.dtype.name}{list(tokens.shape)}")
+    b, s = tokens.shape
+    if model.max_positions is not None and s > model.max_positions:
+        raise InputError(f"forward: {s} tokens, but the model has {model.max_positions} positions")
+    count = jnp.full((b,), s, jnp.int32) if valid is None else jnp.asarray(valid, jnp.int32)
+    steps = jnp.arange(s, dtype=jnp.int32)
+    span = Span(jnp.zeros((b,), jnp.int32), count, jnp.broadcast_to(steps[None, :], (b, s)))
+    layers = tuple(Recompute() for _ in model.layer_shapes())
+    x, _ = model.apply(model.params, model.config, OpenCache(layers, (), span), tokens.astype(jnp.int32), count)
+    return model.head(model.params, model.config, x)
+
+
+def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int) -> Cache:
+    """An empty cache.
+
+    Args:
+        model: any model.
+        plan: a kind (`caches.dense()`), a tuple with one a layer, or None for `caches.default`.
+        batch: B, rows.
+        capacity: T, tokens that a row can hold.
+
+    Raises:
+        InputError: `batch` or `capacity` is less than 1, or the plan does not fit the layers.
+    """
+    if batch < 1 or capacity < 1:
+        raise InputError(f"init_cache: batch and capacity must be at least 1, not {batch} and {capacity}")
+    shapes = model.layer_shapes()
+    if plan is None:
+        plan = tuple(plans.for_window(shape.window) for shape in shapes)
+    layers = plans.init_layers(plan, shapes, batch, capacity)
+    zeros = jnp.zeros((batch,), jnp.int32)
+    return Cache(layers, (), jnp.full((batch, capacity), -1, jnp.int32), zeros, zeros, zeros)
+
+
+def cache_nbytes(model: Model, plan: Any = None, *, batch: int = 1, capacity: int) -> int:
+    """Bytes of the cache that `init_cache` would make, nothing allocated."""
+    made = jax.eval_shape(lambda: init_cache(model, plan, batch=batch, capacity=capacity))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made))
+
+
+def attend(
+    cache: OpenCache,
+    layer: int,
+    *,
+    q: Array,
+    kv: Any,
+    h: Any = None,
+    rotate: Callable[[Array, Array], Array] | None = None,
+    absorb: Callable[[], tuple[Array, Array]] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+) -> tuple[Array, OpenCache]:
+    """The door for a model of one's own: takes in the new keys and values, masks, reads; for any kind of cache.
+
+    Args:
+        cache: what `apply` was given, or the last `attend` returned. `cache.positions` is `[B, S]`.
+        layer: counts from 0; each layer once a call.
+        q: `[B, S, H, D]`, new queries; not rotated if `rotate` is given.
+        kv: `(k [B, S, K, D], v [B, S, K, D])`, K a divisor of H; rotated already, or with `rotate` not rotated. Or a
+            function `h -> (k, v)` for kinds that keep what keys and values are made from, with `h`.
+        h: `[B, S, M]`, what `kv` is a function of.
+        rotate: `(x [B, S, heads, D], positions [B, S]) -> x`, the model's rotation of queries and keys.
+        absorb: see `Project`.
+        scale: factor on the scores, `D ** -0.5` if None.
+        window: how many positions a query sees, its own included; None is all.
+
+    Returns:
+        `[B, S, H, D]` and the cache for the next layer.
+
+    Raises:
+        InputError: shapes disagree.
+    """
+    turn = rotate or _unturned
+
+    def project(stream: Any, positions: Array | None) -> tuple[Array, Array]:
+        if callable(kv):
+            k, v = kv(stream)
+        elif stream is h:
+            k, v = kv
+        else:
+            raise InputError("attend: this kind of cache projects again; give kv as a function of h, and h")
+        return (k if positions is None else turn(k, positions)), v
+
+    keys, values = jax.eval_shape(lambda: project(h, None))
+    if q.ndim != 4 or keys.ndim != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[:2] != q.shape[:2]:
+        raise InputError(f"attend: q {q.shape}, k {keys.shape}, v {values.shape} must be [B, S, heads, width] alike")
+    if q.shape[2] % keys.shape[2] or q.shape[3] != keys.shape[3]:
+        raise InputError(f"attend: q has {q.shape[2:]}, k has {keys.shape[2:]}: heads must divide, widths be equal")
+    if isinstance(cache.layers, _Found):
+        cache.layers.window = window
+    return cache.attend(
+        layer, q, Project(project, turn, absorb), h, kv_heads=keys.shape[2], scale=scale, window=window
+    )
+
+
+def _unturned(x: Array, positions: Array) -> Array:
+    return x
+
+
+@jax.tree_util.register_static
+class _Found:
+    """Stands in for the nodes while `layer_shapes` traces; notes what each layer asks for."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+        self.nodes: dict[int, Node] = {}
+        self.window: int | None = None
+
+    def __getitem__(self, layer: int) -> Node:
+        return self.nodes.setdefault(layer, _FoundNode(self, layer))
+
+
+class _FoundNode(Node):
+    def __init__(self, found: _Found, layer: int) -> None:
+        self.found, self.layer = found, layer
+
+    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
+        k, v = project.kv(h, span.positions)
+        shape = LayerShape(k.shape[2], k.shape[3], v.shape[3], k.dtype, self.found.window)
+        self.found.shapes[self.layer] = shape
+        at = jnp.full((1, k.shape[1]), EMPTY, jnp.int32)
+        return (View(storage.pack(k), storage.pack(v), at),), self
+
+
+__all__ = ["Model", "decoder", "forward", "init_cache", "cache_nbytes", "attend", "apply_decoder", "decoder_head"]

@@ -1,0 +1,1 @@
+"""Pure array functions: norms, activations, positions, masks, attention over views."""

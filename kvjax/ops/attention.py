@@ -1,0 +1,231 @@
+"""Attention over what a cache hands back: one function for every kind of cache.
+
+Queries are shaped to the keys, never the keys to the queries: between a cache's update and the two contractions here
+the big buffers are not reshaped, transposed, sliced, masked or cast, because XLA would copy them whole (see
+docs/decisions.md, "What the contract forced").
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kvjax import struct
+from kvjax.types import Array
+
+EMPTY = jnp.iinfo(jnp.int32).max
+"""Position of a slot that holds nothing: no query can see it, and `query - EMPTY` does not overflow."""
+
+MASKED = -1e30
+"""Score of what a query cannot see; finite, so that a row that sees nothing averages and does not become NaN."""
+
+BLOCK = 256
+"""Queries per block once a call is blockwise; at most BLOCK * T scores per head are alive."""
+
+BLOCKWISE_ABOVE = 1024
+"""Slots from which a call with more than BLOCK queries is blockwise."""
+
+
+@struct.node
+class View:
+    """What a cache hands back for one buffer: keys and values as stored, and where each slot stands in the text.
+
+    Args:
+        k, v: `[*lead, T, D]`; `lead` is `(R * K,)`, `(R, K)` or, when R * K is 1, nothing. R is the rows of the view:
+            the batch, 1 (all rows read the same keys) or a divisor of it (consecutive rows share).
+        positions: `[R or B or 1, T]` int32, absolute position of every slot, `EMPTY` where there is none.
+        k_scale, v_scale: `[*lead, T]` or None; factors that turn stored codes into keys and values.
+        absorb: `(query_map [K, D, E], value_map [K, E, D])` when `k` and `v` hold what keys and values are made from
+            (one head, width E): queries go through the first, results through the second.
+        pages: `(owner [P], table [B, n])` when the rows of the view are P pages: which row a page belongs to (pages
+            that nobody owns may name any row), and which pages a row has, in any order, `-1` for none.
+        query_positions: `[B, S]`, where the queries stand for rotation against this view; None is where they are.
+        visible: `[B or 1, S, T]` bool, replaces the arithmetic on positions (tree drafts); None uses it.
+        window: a query sees positions less than `window` behind it; None sees all.
+        sinks: positions below it are seen whatever the window.
+    """
+
+    k: Array
+    v: Array
+    positions: Array
+    k_scale: Array | None = None
+    v_scale: Array | None = None
+    absorb: tuple[Array, Array] | None = None
+    pages: tuple[Array, Array] | None = None
+    query_positions: Array | None = None
+    visible: Array | None = None
+    window: int | None = struct.static(default=None)
+    sinks: int = struct.static(default=0)
+
+
+def visible(query: Array, key: Array, window: int | None, sinks: int) -> Array:
+    """Whether a query sees a key, by arithmetic on int32 positions that broadcast against each other.
+
+    Written as `query - key < window`: `key + window` would overflow on an empty slot.
+    """
+    seen = key <= query
+    if window is not None:
+        near = query - key < window
+        seen &= (near | (key < sinks)) if sinks else near
+    return seen
+
+
+def attention(
+    q: Array,
+    positions: Array,
+    views: tuple[View, ...],
+    *,
+    kv_heads: int,
+    scale: float | None = None,
+    window: int | None = None,
+    rotate: Callable[[Array, Array], Array] | None = None,
+) -> Array:
+    """Softmax attention of new queries over one or several views, joined inside the softmax.
+
+    Args:
+        q: `[B, S, H, D]`, not rotated.
+        positions: `[B, S]` int32, absolute positions of the queries.
+        views: what the cache handed back.
+        kv_heads: K; H must be a multiple.
+        scale: factor on the scores, `D ** -0.5` if None.
+        window: the model's own window; a view's window narrows it further.
+        rotate: turns `q` to positions `[B, S]`; None leaves it.
+
+    Returns:
+        `[B, S, H, D]` in the dtype of `q`.
+
+    Scores and softmax are at least float32. Views are joined by their maxima and sums (Milakov and Gimelshein 2018,
+    1805.02867; Hydragen, Juravsky et al. 2024, 2402.05099).
+    """
+    run = functools.partial(_attend, kv_heads=kv_heads, scale=scale, window=window, rotate=rotate)
+    b, s, h, d = q.shape
+    slots = sum(view.positions.shape[-1] for view in views)
+    plain = all(view.visible is None and view.query_positions is None for view in views)
+    if s <= BLOCK or slots <= BLOCKWISE_ABOVE or not plain:
+        return run(q, positions, views)
+    # Blocks of queries bound the scores at BLOCK x T: temporary memory grows with S, not with S x T.
+    blocks = -(-s // BLOCK)
+    fill = blocks * BLOCK - s
+    q = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0))).reshape(b, blocks, BLOCK, h, d)
+    positions = jnp.pad(positions, ((0, 0), (0, fill))).reshape(b, blocks, BLOCK)
+    block = jax.checkpoint(lambda x: run(x[0], x[1], views))  # type: ignore[attr-defined]
+    out = lax.map(block, (q.swapaxes(0, 1), positions.swapaxes(0, 1)))  # [blocks, B, BLOCK, H, D]
+    return out.swapaxes(0, 1).reshape(b, blocks * BLOCK, h, d)[:, :s]
+
+
+def _attend(
+    q: Array,
+    positions: Array,
+    views: tuple[View, ...],
+    *,
+    kv_heads: int,
+    scale: float | None,
+    window: int | None,
+    rotate: Callable[[Array, Array], Array] | None,
+) -> Array:
+    b, s, h, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    parts = []
+    for view in views:
+        at = positions if view.query_positions is None else view.query_positions
+        turned = q if rotate is None else rotate(q, at)
+        parts.append(_partial(turned * jnp.asarray(scale, q.dtype), positions, view, kv_heads, window))
+    top = functools.reduce(jnp.maximum, [m for m, _, _ in parts])
+    weights = [jnp.exp(m - top) for m, _, _ in parts] if len(parts) > 1 else [None]
+    total = functools.reduce(jnp.add, [_weigh(n, w) for (_, n, _), w in zip(parts, weights, strict=True)])
+    out = functools.reduce(jnp.add, [_weigh(o, w) for (_, _, o), w in zip(parts, weights, strict=True)])
+    out = out / total[..., None]  # [B, K, G * S, D]
+    return out.reshape(b, kv_heads, h // kv_heads, s, d).transpose(0, 3, 1, 2, 4).reshape(b, s, h, d).astype(q.dtype)
+
+
+def _weigh(x: Array, weight: Array | None) -> Array:
+    if weight is None:
+        return x
+    return x * jnp.expand_dims(weight, range(weight.ndim, x.ndim))
+
+
+def _partial(q: Array, positions: Array, view: View, kv_heads: int, window: int | None) -> tuple[Array, Array, Array]:
+    """One view's share: maxima and sums `[B, K, G * S]`, unnormalised output `[B, K, G * S, D]`."""
+    if view.absorb is not None:
+        return _absorbed(q, positions, view, kv_heads, window)
+    if view.pages is not None:
+        return _paged(q, positions, view, kv_heads, window)
+    b, s, h, d = q.shape
+    lead, t, k = view.k.shape[:-2], view.k.shape[-2], kv_heads
+    g, rows = h // k, math.prod(lead) // k
+    share = b // rows  # rows of the batch that read one row of the view
+    precise = jnp.promote_types(jnp.float32, q.dtype)
+    # q: [B, S, H, D] -> [R, share, S, K, G, D] -> [R, K, share, G, S, D] -> [*lead, share * G * S, D]
+    q = q.reshape(rows, share, s, k, g, d).transpose(0, 3, 1, 4, 2, 5).reshape(*lead, share * g * s, d)
+    keys = view.k if view.k.dtype == q.dtype else view.k.astype(q.dtype)
+    scores = _contract(q, keys, q.ndim - 1, keys.ndim - 1, len(lead), precise)  # [*lead, share * G * S, T]
+    if view.k_scale is not None:
+        scores = scores * view.k_scale[..., None, :].astype(precise)
+    scores = jnp.where(_mask(positions, view, window, (rows, k, share, g, s)).reshape(scores.shape), scores, MASKED)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1)
+    if view.v_scale is not None:
+        weights = weights * view.v_scale[..., None, :].astype(precise)
+    values = view.v if view.v.dtype == q.dtype else view.v.astype(q.dtype)
+    out = _contract(weights.astype(q.dtype), values, weights.ndim - 1, values.ndim - 2, len(lead), precise)
+
+    def rows_first(x: Array) -> Array:  # [*lead, share * G * S, ...] -> [B, K, G * S, ...]
+        rest = x.shape[len(lead) + 1 :]
+        return x.reshape(rows, k, share, g * s, *rest).swapaxes(1, 2).reshape(b, k, g * s, *rest)
+
+    return rows_first(top[..., 0]), rows_first(total), rows_first(out)
+
+
+def _mask(positions: Array, view: View, window: int | None, shape: tuple[int, ...]) -> Array:
+    """What each query sees, `[R, K, share, G, S, T]`."""
+    rows, k, share, g, s = shape
+    t = view.k.shape[-2]
+    if view.visible is not None:
+        seen = jnp.broadcast_to(view.visible, (rows * share, s, t)).reshape(rows, 1, share, 1, s, t)
+        return jnp.broadcast_to(seen, (rows, k, share, g, s, t))
+    windows = [w for w in (window, view.window) if w is not None]
+    query = jnp.broadcast_to(positions, (rows * share, s)).reshape(rows, 1, share, 1, s, 1)
+    # positions has one row for all, one per row of the view, or one per row of the batch
+    slots = view.positions
+    slots = slots.reshape((rows, 1, share, 1, 1, t) if slots.shape[0] == rows * share else (-1, 1, 1, 1, 1, t))
+    seen = visible(query, slots, min(windows, default=None), view.sinks)
+    return jnp.broadcast_to(seen, (rows, k, share, g, s, t))
+
+
+def _contract(a: Array, b: Array, a_axis: int, b_axis: int, batch: int, precise: jnp.dtype) -> Array:
+    axes = tuple(range(batch))
+    return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (axes, axes)), preferred_element_type=precise)
+
+
+def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, window: int | None) -> tuple[Array, Array, Array]:
+    assert view.absorb is not None
+    query_map, value_map = view.absorb
+    b, s, h, d = q.shape
+    wide = jnp.einsum("bskgd,kde->bskge", q.reshape(b, s, kv_heads, -1, d), query_map).reshape(b, s, h, -1)
+    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, window)  # type: ignore[attr-defined]
+    top, total = (x.reshape(b, kv_heads, -1) for x in (top, total))  # heads are K-major: [B, K, G * S]
+    out = jnp.einsum("bkme,ked->bkmd", out.reshape(b, kv_heads, top.shape[-1], -1), value_map)
+    return top, total, out
+
+
+def _paged(q: Array, positions: Array, view: View, kv_heads: int, window: int | None) -> tuple[Array, Array, Array]:
+    # Every page attends for its owner, then each row gathers the small partial results of its pages: gathering the
+    # pages themselves would copy the pool (TRAPS: .82-.94 of dense against .48-.78).
+    assert view.pages is not None
+    owner, table = view.pages
+    parts = _partial(q[owner], positions[owner], view.replace(pages=None), kv_heads, window)  # type: ignore[attr-defined]
+    none = (table < 0)[:, :, None, None]
+    top, total, out = (x[jnp.maximum(table, 0)] for x in parts)  # [B, n, K, G * S(, D)]
+    top = jnp.where(none, MASKED, top)
+    highest = jnp.max(top, axis=1)
+    weight = jnp.where(none, 0.0, jnp.exp(top - highest[:, None]))
+    return highest, jnp.sum(total * weight, axis=1), jnp.sum(out * weight[..., None], axis=1)
+
+
+__all__ = ["View", "attention", "visible", "EMPTY"]

@@ -1,0 +1,64 @@
+"""Normalisation over the last axis, computed in at least float32."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from kvjax.types import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class RMSNorm:
+    """x / sqrt(mean(x²) + eps) · scale (Zhang and Sennrich 2019, 1910.07467).
+
+    Args:
+        eps: added to the mean square.
+    """
+
+    eps: float = 1e-5
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Parameter shapes for an axis of `width`."""
+        return {"scale": (width,)}
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        """`x[..., M]` to the same shape and dtype."""
+        y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return _affine(y.astype(x.dtype), params["scale"])
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm:
+    """(x - mean) / sqrt(var + eps) · scale + bias (Ba et al. 2016, 1607.06450).
+
+    Args:
+        eps: added to the variance.
+    """
+
+    eps: float = 1e-5
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Parameter shapes for an axis of `width`."""
+        return {"scale": (width,), "bias": (width,)}
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        """`x[..., M]` to the same shape and dtype."""
+        y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = _affine(y.astype(x.dtype), params["scale"])
+        return y + jnp.expand_dims(params["bias"], range(x.ndim - 1)).astype(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def _affine(x: Array, scale: Array) -> Array:
+    return x * jnp.expand_dims(scale, range(x.ndim - 1)).astype(x.dtype)
+
+
+__all__ = ["RMSNorm", "LayerNorm", "Norm"]
