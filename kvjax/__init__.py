@@ -6,7 +6,7 @@ from kvjax.caches.base import Cache
 from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
-from kvjax.loops.decode import decode, prefill, step
+from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.host import Generated, generate
 from kvjax.model import Model, attend, cache_nbytes, decoder, forward, init_cache
 from kvjax.params import init_params
@@ -28,6 +28,7 @@ __all__ = [
     "caches",
     "codecs",
     "decode",
+    "decode_until",
     "decoder",
     "donating",
     "forward",

@@ -1,4 +1,4 @@
-"""The twins of `prefill`, `step` and `decode` that use up the cache they are given: its buffers become the result's.
+"""The twins of `prefill`, `step`, `decode` and `decode_until` that use up the cache they are given: its buffers become the result's.
 
 `logits, cache = kvjax.donating.step(model, cache, tokens)`; the old `cache` must not be used again.
 """
@@ -9,8 +9,9 @@ import functools
 
 from kvjax.loops import decode as _loop
 
-prefill = functools.partial(_loop.prefill, _donate=True)
-step = functools.partial(_loop.step, _donate=True)
-decode = functools.partial(_loop.decode, _donate=True)
+prefill = functools.partial(_loop.prefill, _run=_loop.DONATING)
+step = functools.partial(_loop.step, _run=_loop.DONATING)
+decode = functools.partial(_loop.decode, _run=_loop.DONATING)
+decode_until = functools.partial(_loop.decode_until, _run=_loop.DONATING)
 
-__all__ = ["prefill", "step", "decode"]
+__all__ = ["prefill", "step", "decode", "decode_until"]

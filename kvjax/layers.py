@@ -11,6 +11,7 @@ from jax import lax
 
 from kvjax.caches.base import OpenCache, Project
 from kvjax.config import Config
+from kvjax.ops.attention import Absorb
 from kvjax.types import Array, Params
 
 
@@ -94,10 +95,22 @@ def self_attention(
         keys, values = (own_keys, own_values) if stream is x else project(stream)[1:]
         return (keys if positions is None else rotation(keys, positions)), values
 
+    def absorb(stream: Array) -> tuple[Absorb, Array | None]:
+        kernel, bias = config.norm.fold(params["attn_norm"], attn["qkv"]["kernel"][:, h * d :].astype(stream.dtype))
+        maps = kernel.reshape(-1, 2, k, d)  # [M, keys and values, K, D]
+        if "bias" in attn["qkv"]:
+            own = attn["qkv"]["bias"][h * d :].astype(stream.dtype)
+            bias = own if bias is None else bias + own
+        key_bias, value_bias = (None, None) if bias is None else bias.reshape(2, k, d)
+        absorbed = Absorb(maps[:, 0].transpose(1, 2, 0), maps[:, 1].transpose(1, 0, 2), key_bias, value_bias)
+        return absorbed, config.norm.factor(stream)
+
+    # A rotation between the map and the score, or a norm of each key, is not linear in the layer's input.
+    linear_keys = rotation.tables is None and config.qk_norm is None
     out, cache = cache.attend(
         layer,
         q,
-        Project(kv, rotation),
+        Project(kv, rotation, absorb if linear_keys else None),
         x,
         kv_heads=k,
         scale=config.scale,

@@ -25,7 +25,7 @@ from kvjax.text import Tokenizer, load_tokenizer, special_id
 from kvjax.types import DType
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LM:
     """What `generate` and the command line take.
 
@@ -42,6 +42,11 @@ class LM:
     name: str = ""
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.model.params)
+        dtypes = ", ".join(sorted({str(x.dtype) for x in leaves}))
+        return f"LM({self.name!r}, {sum(x.size for x in leaves):,} parameters, {dtypes})"
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; see `Tokenizer.encode`."""
@@ -64,7 +69,7 @@ def load(
 
     Args:
         source: a bundled name; a path, if it has a separator or begins with "."; else a hub id.
-        dtype: of the parameters; None is float32 on CPU, float16 on a T4 (no bfloat16 there), else the checkpoint's own.
+        dtype: of the parameters; None is float32 on CPU, float16 on a T4 (it has no bfloat16), else the checkpoint's.
         strict: a key of config.json that kvjax does not know is an error instead of a warning.
         revision: branch, tag or commit, of a hub id only.
 
@@ -82,7 +87,7 @@ def load(
     family, config = read_config(hf, strict)
     with Tensors(folder) as tensors:
         leaves = plan(family, config, tensors)
-        params = convert(leaves, tensors, _default_dtype(leaves, tensors) if dtype is None else dtype)
+        params = convert(leaves, tensors, default_dtype(leaves, tensors) if dtype is None else dtype)
     bos, eos = _ends(folder, hf)
     tokenizer = load_tokenizer(folder, bos_id=bos, vocab_size=config.vocab_size)
     if tokenizer is not None:
@@ -121,12 +126,13 @@ def _checked(dtype: DType) -> np.dtype[Any]:
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
         raise InputError(f"load: dtype must be float16, bfloat16, float32 or float64, not {dtype}")
-    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+    if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise InputError("load: dtype float64 needs 64-bit mode: set JAX_ENABLE_X64=1")
     return dtype
 
 
-def _default_dtype(leaves: list[Leaf], tensors: Tensors) -> np.dtype[Any]:
+def default_dtype(leaves: list[Leaf], tensors: Tensors) -> np.dtype[Any]:
+    """What `load` makes of these tensors on the default device when it is told nothing."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return jnp.dtype(jnp.float32)
@@ -157,4 +163,4 @@ def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:
     return tuple(i for i in ids if i >= 0)
 
 
-__all__ = ["LM", "load", "read_config"]
+__all__ = ["LM", "load", "read_config", "default_dtype"]

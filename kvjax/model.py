@@ -16,7 +16,7 @@ from kvjax.caches.recompute import Recompute
 from kvjax.config import Config
 from kvjax.errors import InputError
 from kvjax.layers import Rotation, decoder_layer
-from kvjax.ops.attention import EMPTY, View
+from kvjax.ops.attention import EMPTY, Absorb, View
 from kvjax.types import Array, Params
 
 
@@ -61,7 +61,7 @@ def identity_head(params: Params, config: Any, x: Array) -> Array:
 
 
 @struct.node
-class Model:
+class Model(struct.Value):
     """Parameters and what runs them. Loops, plans and tests need nothing else of a model.
 
     Args:
@@ -88,14 +88,14 @@ class Model:
         """What kinds must know of each layer; found by tracing `apply` once, without computing."""
         if isinstance(self.config, Config):
             c, dtype = self.config, self.params["embed"]["table"].dtype
-            return tuple(LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, window) for window in c.windows)
+            return tuple(LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, window, c.width) for window in c.windows)
         found = _Found()
         tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         row = jax.ShapeDtypeStruct((1,), jnp.int32)
 
         def run(params: Any, start: Array, tokens: Array) -> Array:
             span = Span(start, jnp.ones_like(start), start[:, None])
-            return self.apply(params, self.config, OpenCache(found, (), span), tokens, span.valid)[0]
+            return self.apply(params, self.config, OpenCache(found, {}, span), tokens, span.valid)[0]
 
         jax.eval_shape(run, self.params, row, tokens)
         if sorted(found.shapes) != list(range(len(found.shapes))) or not found.shapes:
@@ -129,10 +129,16 @@ def forward(model: Model, tokens: Any, valid: Any = None) -> Array:
     if model.max_positions is not None and s > model.max_positions:
         raise InputError(f"forward: {s} tokens, but the model has {model.max_positions} positions")
     count = jnp.full((b,), s, jnp.int32) if valid is None else jnp.asarray(valid, jnp.int32)
+    return _forward(model, tokens.astype(jnp.int32), count)
+
+
+@jax.jit
+def _forward(model: Model, tokens: Array, valid: Array) -> Array:
+    b, s = tokens.shape
     steps = jnp.arange(s, dtype=jnp.int32)
-    span = Span(jnp.zeros((b,), jnp.int32), count, jnp.broadcast_to(steps[None, :], (b, s)))
+    span = Span(jnp.zeros((b,), jnp.int32), valid, jnp.broadcast_to(steps[None, :], (b, s)))
     layers = tuple(Recompute() for _ in model.layer_shapes())
-    x, _ = model.apply(model.params, model.config, OpenCache(layers, (), span), tokens.astype(jnp.int32), count)
+    x, _ = model.apply(model.params, model.config, OpenCache(layers, {}, span), tokens, valid)
     return model.head(model.params, model.config, x)
 
 
@@ -154,8 +160,10 @@ def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int)
     if plan is None:
         plan = tuple(plans.for_window(shape.window) for shape in shapes)
     layers = plans.init_layers(plan, shapes, batch, capacity)
-    zeros = jnp.zeros((batch,), jnp.int32)
-    return Cache(layers, (), jnp.full((batch, capacity), -1, jnp.int32), zeros, zeros, zeros)
+    # Three arrays, not one three times: a buffer cannot be donated twice.
+    lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
+    shared = plans.init_shared(plan, len(shapes), batch, capacity)
+    return Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags)
 
 
 def cache_nbytes(model: Model, plan: Any = None, *, batch: int = 1, capacity: int) -> int:
@@ -172,7 +180,7 @@ def attend(
     kv: Any,
     h: Any = None,
     rotate: Callable[[Array, Array], Array] | None = None,
-    absorb: Callable[[], tuple[Array, Array]] | None = None,
+    absorb: Callable[[Any], tuple[Absorb, Array | None]] | None = None,
     scale: float | None = None,
     window: int | None = None,
 ) -> tuple[Array, OpenCache]:
@@ -242,7 +250,8 @@ class _FoundNode(Node):
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         k, v = project.kv(h, span.positions)
-        shape = LayerShape(k.shape[2], k.shape[3], v.shape[3], k.dtype, self.found.window)
+        width = None if h is None else h.shape[-1]
+        shape = LayerShape(k.shape[2], k.shape[3], v.shape[3], k.dtype, self.found.window, width)
         self.found.shapes[self.layer] = shape
         at = jnp.full((1, k.shape[1]), EMPTY, jnp.int32)
         return (View(storage.pack(k), storage.pack(v), at),), self

@@ -25,7 +25,7 @@ class Sampler(Protocol):
 
 
 @struct.node
-class Greedy:
+class Greedy(struct.Value):
     """The first of the largest logits."""
 
     def __call__(self, logits: Array, keys: Array) -> Array:
@@ -34,7 +34,7 @@ class Greedy:
 
 
 @struct.node
-class Chain:
+class Chain(struct.Value):
     """Filters in order, then a draw from the softmax of what is left.
 
     Args:
@@ -53,7 +53,7 @@ class Chain:
 
 
 @struct.node
-class Temperature:
+class Temperature(struct.Value):
     """Divides logits; 0 keeps only the first of the largest, so that the draw is greedy.
 
     Args:
@@ -70,7 +70,7 @@ class Temperature:
 
 
 @struct.node
-class TopK:
+class TopK(struct.Value):
     """Keeps the k largest logits, and those equal to the k-th (Fan et al. 2018, 1805.04833).
 
     Args:
@@ -89,7 +89,7 @@ class TopK:
 
 
 @struct.node
-class TopP:
+class TopP(struct.Value):
     """Keeps the smallest set of most probable tokens whose probabilities sum to p (Holtzman et al. 2019, 1904.09751),
     and those equal to its least.
 

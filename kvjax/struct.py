@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Self
 
 from flax.struct import dataclass as node
 from flax.struct import field
+
+
+class Value:
+    """Base of every node: says to type checkers what `flax.struct` adds to a class."""
+
+    def replace(self, **changes: Any) -> Self:
+        """The same with other values in some fields."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
 
 def static(**kwargs: Any) -> Any:
@@ -13,4 +22,4 @@ def static(**kwargs: Any) -> Any:
     return field(pytree_node=False, **kwargs)
 
 
-__all__ = ["node", "field", "static"]
+__all__ = ["node", "field", "static", "Value"]

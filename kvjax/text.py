@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from kvjax.checkpoint.folder import read_json_if_there
@@ -79,8 +81,8 @@ class Tokenizer:
     def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
         """What `new` adds to the text: decode(prompt + new) without its beginning decode(prompt).
 
-        Where the prompt ends inside a character that `new` completes, decode(prompt) is no such beginning; then it is what
-        follows the common part.
+        Where the prompt ends inside a character that `new` completes, decode(prompt) is no such beginning; then the
+        result is what follows the common part.
         """
         before = self.decode(prompt)
         after = self.decode([*prompt, *new])
@@ -98,7 +100,10 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
-        checked = [int(i) for i in ids]
+        try:
+            checked = [operator.index(i) for i in ids]
+        except TypeError:
+            raise InputError(f"decode: ids must be whole numbers, not {ascii(ids)[:60]}") from None
         for i in checked:
             if not 0 <= i < self.vocab_size:
                 raise InputError(f"decode: id {i} is outside the vocabulary of {self.vocab_size}")
@@ -133,7 +138,7 @@ class Stream:
 
     def push(self, ids: int | Sequence[int]) -> str:
         """The text that became certain with these ids, often one token, sometimes ''."""
-        new = self._tokenizer._checked([ids] if isinstance(ids, int) or not hasattr(ids, "__len__") else ids)
+        new = self._tokenizer._checked([int(ids)] if isinstance(ids, int | np.integer) else ids)
         self._new += new
         self._window += new
         text = self._tokenizer._decode(self._window)
@@ -154,8 +159,8 @@ class Stream:
         return rest
 
     def _shorten(self) -> None:
-        # Decoders treat the beginning of a text apart (a stripped space); a later beginning is right only if its text is
-        # an ending of what was decoded from the earlier one.
+        # Decoders treat the beginning of a text apart (a stripped space); a later beginning is right only if its text
+        # ends what was decoded from the earlier one.
         if len(self._window) > 2 * _WINDOW:
             window = self._window[-_WINDOW:]
             text = self._tokenizer._decode(window)
@@ -163,9 +168,7 @@ class Stream:
                 self._window, self._seen = window, text
 
 
-def load_tokenizer(
-    folder: Path, *, bos_id: int | None = None, vocab_size: int | None = None
-) -> Tokenizer | None:
+def load_tokenizer(folder: Path, *, bos_id: int | None = None, vocab_size: int | None = None) -> Tokenizer | None:
     """The tokenizer of a Hugging Face folder.
 
     Args:
@@ -206,7 +209,9 @@ def special_id(backend: tokenizers.Tokenizer, values: dict[str, Any], key: str, 
         return None
     found = backend.token_to_id(token) if isinstance(token, str) else None
     if found is None:
-        raise CheckpointError(f"{folder}: tokenizer_config.json names {key} {ascii(token)[:60]}, tokenizer.json has no such token")
+        raise CheckpointError(
+            f"{folder}: tokenizer_config.json names {key} {ascii(token)[:60]}, tokenizer.json has no such token"
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from types import TracebackType
 
 import jax
@@ -21,11 +22,22 @@ class Compilations:
 
     Args:
         count: programs handed to the compiler (or fetched from its persistent cache).
-        seconds: time in tracing, lowering and compiling, in seconds.
+        seconds: wall-clock time in tracing, lowering and compiling, in seconds.
     """
 
     count: int = 0
-    seconds: float = 0.0
+    _spans: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """See the class."""
+        return sum((end - start for start, end in self._spans), 0.0)
+
+    def _add(self, start: float, end: float) -> None:
+        # JAX reports a jitted function inside another one twice: on its own, and within the outer one's time.
+        while self._spans and self._spans[-1][1] > start:
+            start = min(start, self._spans.pop()[0])
+        self._spans.append((start, end))
 
     def __enter__(self) -> Compilations:
         _listen()
@@ -46,11 +58,11 @@ def _listen() -> None:
         _listening.append(True)
 
 
-def _heard(event: str, seconds: float, **details: object) -> None:
-    stage = _EVENTS.get(event)
-    for each in _open:
-        if stage is not None:
-            each.seconds += seconds
+def _heard(event: str, duration_secs: float, **details: str | int) -> None:
+    stage, now = _EVENTS.get(event), time.perf_counter()
+    if stage is not None:
+        for each in _open:
+            each._add(now - duration_secs, now)
             each.count += stage == "compile"
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kvjax import struct
 from kvjax.caches import codecs
-from kvjax.caches.base import LayerShape, Node, Project, Span, filled_positions, views_of
+from kvjax.caches.base import Kind, LayerShape, Node, Project, Span, filled_positions, views_of
 from kvjax.ops.attention import View
 from kvjax.types import Array
 
@@ -31,42 +31,31 @@ class Dense(Node):
         """See `Node`."""
         k, v = project.kv(h, span.positions)
         slots = jnp.where(span.real(), span.order, self.capacity)
-        node = self.replace(  # type: ignore[attr-defined]
+        node = self.replace(
             k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions)
         )
         held = filled_positions(self.capacity, span.end)
-        views = views_of(node.k.read(held, span.end), node.v.read(held, span.end))
-        if span.ancestors is not None:
-            seen = in_tree(span, self.capacity)
-            views = tuple(view.replace(visible=seen) for view in views)  # type: ignore[attr-defined]
-        return views, node
+        return views_of(node.k.read(held, span.end), node.v.read(held, span.end)), node
 
-    def resize(self, capacity: int) -> Dense:
+    def resize(self, capacity: int, shared: Any) -> Dense:
         """See `Node`."""
-        return Dense(self.k.resize(capacity), self.v.resize(capacity), capacity)
+        return self.replace(k=self.k.resize(capacity), v=self.v.resize(capacity), capacity=capacity)
 
-    def take(self, rows: Array) -> Dense:
+    def take(self, rows: Array, before: Any, shared: Any) -> Dense:
         """See `Node`."""
-        return Dense(self.k.take(rows), self.v.take(rows), self.capacity)
+        return self.replace(k=self.k.take(rows), v=self.v.take(rows))
 
-    def contents(self, lengths: Array) -> tuple[Array, Array, Array]:
+    def keep(self, source: Array, target: Array, shared: Any) -> Dense:
+        """See `Node`."""
+        return self.replace(k=self.k.move(source, target), v=self.v.move(source, target))
+
+    def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`."""
         return self.k.unpacked(), self.v.unpacked(), filled_positions(self.capacity, lengths)
 
 
-def in_tree(span: Span, capacity: int) -> Array:
-    """`[B, S, T]` bool: what each token of a tree sees in slots in order of feeding: all that was there before, and of
-    the new ones its ancestors."""
-    assert span.ancestors is not None
-    s = span.ancestors.shape[0]
-    new = jnp.arange(capacity, dtype=jnp.int32)[None, :] - span.start[:, None]  # [B, T], index among the new
-    among = jnp.take(span.ancestors, jnp.clip(new, 0, s - 1), axis=1).swapaxes(0, 1)  # [B, S, T]
-    inside = (new >= 0) & (new < span.valid[:, None])
-    return jnp.where(inside[:, None, :], among, (new < 0)[:, None, :])
-
-
 @dataclasses.dataclass(frozen=True)
-class DenseKind:
+class DenseKind(Kind):
     """See `dense`."""
 
     store: Any

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from kvjax.caches.base import LayerShape
+from kvjax.caches.base import Kind, LayerShape
 from kvjax.caches.dense import dense
 from kvjax.caches.recompute import recompute
 from kvjax.caches.ring import ring
@@ -34,13 +35,37 @@ def init_layers(plan: Any, shapes: tuple[LayerShape, ...], batch: int, capacity:
     Raises:
         InputError: `plan` is no kind, or a tuple of another length than the layers.
     """
-    kinds = plan if isinstance(plan, tuple) else (plan,) * len(shapes)
-    if len(kinds) != len(shapes):
-        raise InputError(f"plan: {len(kinds)} kinds for {len(shapes)} layers")
-    for kind in kinds:
-        if not hasattr(kind, "init"):
-            raise InputError(f"plan: {kind!r} is no kind of cache; call it, as in caches.dense()")
+    kinds = _kinds(plan, len(shapes))
     return tuple(kind.init(shape, batch, capacity) for kind, shape in zip(kinds, shapes, strict=True))
+
+
+def init_shared(plan: Any, layers: int, batch: int, capacity: int) -> dict[str, Any]:
+    """What the plan's kinds have in common: one entry a name, whoever asks for it.
+
+    Raises:
+        InputError: two kinds ask for different entries under one name.
+    """
+    made: dict[str, Any] = {}
+    for kind in dict.fromkeys(_kinds(plan, layers)):
+        for name, entry in kind.shared(batch, capacity).items():
+            if _outline(made.setdefault(name, entry)) != _outline(entry):
+                raise InputError(f"plan: two kinds ask for different shared {name!r}; give them the same sizes")
+    return made
+
+
+def _outline(entry: Any) -> Any:
+    leaves, structure = jax.tree.flatten(entry)
+    return structure, [(x.shape, x.dtype) for x in leaves]
+
+
+def _kinds(plan: Any, layers: int) -> tuple[Any, ...]:
+    kinds = plan if isinstance(plan, tuple) else (plan,) * layers
+    if len(kinds) != layers:
+        raise InputError(f"plan: {len(kinds)} kinds for {layers} layers")
+    for kind in kinds:
+        if not isinstance(kind, Kind):
+            raise InputError(f"plan: {kind!r} is no kind of cache; call it, as in caches.dense()")
+    return kinds
 
 
 def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, recompute)) -> Any:
@@ -77,4 +102,4 @@ def _value(text: str, node: ast.expr) -> Any:
     raise InputError(f"cache {text!r}: {ast.unparse(node)} is neither a whole number nor a dtype such as bfloat16")
 
 
-__all__ = ["default", "for_window", "init_layers", "parse", "SLACK"]
+__all__ = ["default", "for_window", "init_layers", "init_shared", "parse", "SLACK"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kvjax import struct
 from kvjax.caches import storage
-from kvjax.caches.base import LayerShape, Node, Project, Span
+from kvjax.caches.base import Kind, LayerShape, Node, Project, Span
 from kvjax.errors import CacheError, InputError
 from kvjax.ops.attention import EMPTY, View
 from kvjax.types import Array
@@ -34,21 +34,25 @@ class Recompute(Node):
         at = jnp.where(span.real(), span.order, EMPTY)
         return (View(storage.pack(k), storage.pack(v), at, window=self.window, sinks=self.sinks),), self
 
-    def resize(self, capacity: int) -> Recompute:
+    def resize(self, capacity: int, shared: Any) -> Recompute:
         """Itself."""
         return self
 
-    def take(self, rows: Array) -> Recompute:
+    def take(self, rows: Array, before: Any, shared: Any) -> Recompute:
         """Itself."""
         return self
 
-    def contents(self, lengths: Array) -> tuple[Array, Array, Array]:
+    def keep(self, source: Array, target: Array, shared: Any) -> Recompute:
+        """Itself: the container moves the tokens."""
+        return self
+
+    def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """Raises CacheError: there is nothing to look at."""
         raise CacheError("recompute keeps no keys and values")
 
 
 @dataclasses.dataclass(frozen=True)
-class RecomputeKind:
+class RecomputeKind(Kind):
     """See `recompute`."""
 
     window: int | None

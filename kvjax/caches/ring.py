@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kvjax import struct
 from kvjax.caches import codecs
-from kvjax.caches.base import LayerShape, Node, Project, Span, views_of
+from kvjax.caches.base import Kind, LayerShape, Node, Project, Span, views_of
 from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY, View
 from kvjax.types import Array
@@ -50,7 +50,7 @@ class Ring(Node):
         """See `Node`."""
         k, v = project.kv(h, span.positions)
         slots = self._slots(span)
-        node = self.replace(  # type: ignore[attr-defined]
+        node = self.replace(
             k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions)
         )
         if k.shape[1] <= self.slack + 1:
@@ -66,11 +66,14 @@ class Ring(Node):
         return views_of(self.k.read(at, end), self.v.read(at, end), window=self.window, sinks=self.sinks)
 
     def _slots(self, span: Span) -> Array:
-        order, full = span.order, self.sinks + self.size
-        ring = self.sinks + (order - self.sinks) % self.size
-        at = jnp.where(order < self.sinks, order, ring)
+        order = span.order
         kept = span.real() & ((order >= span.end[:, None] - self.size) | (order < self.sinks))
-        return jnp.where(kept, at, full)
+        return self._slot(jnp.where(kept, order, EMPTY))
+
+    def _slot(self, order: Array) -> Array:
+        """Where each place in the order of feeding is kept; outside the store for EMPTY."""
+        at = jnp.where(order < self.sinks, order, self.sinks + (order - self.sinks) % self.size)
+        return jnp.where(order == EMPTY, self.sinks + self.size, at)
 
     def _positions(self, end: Array) -> Array:
         """`[B, slots]` int32: what each slot holds once a row has `end[b]` tokens."""
@@ -83,21 +86,29 @@ class Ring(Node):
         first = jnp.arange(self.sinks, dtype=jnp.int32)[None, :]
         return jnp.concatenate([jnp.where(first < end[:, None], first, EMPTY), held], axis=1)
 
-    def resize(self, capacity: int) -> Ring:
+    def resize(self, capacity: int, shared: Any) -> Ring:
         """Itself: a ring does not grow with the text."""
         return self
 
-    def take(self, rows: Array) -> Ring:
+    def take(self, rows: Array, before: Any, shared: Any) -> Ring:
         """See `Node`."""
-        return self.replace(k=self.k.take(rows), v=self.v.take(rows))  # type: ignore[attr-defined]
+        return self.replace(k=self.k.take(rows), v=self.v.take(rows))
 
-    def contents(self, lengths: Array) -> tuple[Array, Array, Array]:
+    def keep(self, source: Array, target: Array, shared: Any) -> Ring:
         """See `Node`."""
-        return self.k.unpacked(), self.v.unpacked(), self._positions(lengths)
+        there, here = self._slot(source), self._slot(target)
+        return self.replace(k=self.k.move(there, here), v=self.v.move(there, here))
+
+    def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
+        """See `Node`."""
+        at = self._positions(lengths)
+        # After a rewind, slots behind the window may hold what was dropped: only what the next query sees is sure.
+        live = (at >= lengths[:, None] - self.window) | (at < self.sinks)
+        return self.k.unpacked(), self.v.unpacked(), jnp.where(live, at, EMPTY)
 
 
 @dataclasses.dataclass(frozen=True)
-class RingKind:
+class RingKind(Kind):
     """See `ring`."""
 
     window: int

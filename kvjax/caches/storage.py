@@ -44,18 +44,21 @@ def repack(x: Array) -> Array:
     return x.reshape(b * k, *x.shape[2:]) if b * k > 1 else x[0, 0]
 
 
-def put(buffer: Array, x: Array, slots: Array) -> Array:
+def put(buffer: Array, x: Array, slots: Array, rows: Array | None = None) -> Array:
     """Writes new tokens in place; what has a slot outside the buffer is dropped.
 
     Args:
-        buffer: `[B * K, T, ...]` or `[T, ...]`.
+        buffer: `[B * K, T, ...]` or `[T, ...]`; with `rows` of any number of rows (pages).
         x: `[B, S, K, ...]`, cast to the buffer's dtype.
         slots: `[B, S]` int32, where each token goes; any value outside `[0, T)` drops it. Those inside are distinct.
+        rows: `[B, S]` int32, the buffer's row that each token goes to; None is its own.
 
     Returns:
         The buffer with the tokens written.
     """
     b, s, k = x.shape[:3]
+    if rows is not None:
+        return _put_in(buffer, x.astype(buffer.dtype), slots, rows)
     new = pack(x).astype(buffer.dtype)
     if b * k == 1:
         t = buffer.shape[0]
@@ -67,6 +70,25 @@ def put(buffer: Array, x: Array, slots: Array) -> Array:
         return jax.vmap(_put_one, in_axes=(0, 0, None))(buffer, new, slots[0, 0])
     at = jnp.repeat(_inside(slots, t), k, axis=0)  # [B * K, S]
     return buffer.at[jnp.arange(b * k)[:, None], at].set(new, mode="drop")
+
+
+def _put_in(buffer: Array, x: Array, slots: Array, rows: Array) -> Array:
+    k = x.shape[2]
+    lone = buffer.ndim == x.ndim - 2  # one row of one head
+    full = buffer[None] if lone else buffer
+    at = jnp.where(rows < 0, full.shape[0], rows)[:, :, None] * k + jnp.arange(k)[None, None, :]  # [B, S, K]
+    slots = _inside(slots, full.shape[1])[:, :, None]
+    full = full.at[at, slots].set(x, mode="drop")
+    return full[0] if lone else full
+
+
+def pick(buffer: Array, slots: Array, heads: int, rest: int, rows: Array | None = None) -> Array:
+    """Some tokens out of a buffer, `[B, S, K, ...]`, as stored; the counterpart of `put`."""
+    b, s = slots.shape
+    full = buffer if buffer.ndim - rest > 1 else buffer[None]
+    own = jnp.broadcast_to(jnp.arange(b)[:, None], (b, s)) if rows is None else rows
+    at = own[:, :, None] * heads + jnp.arange(heads)[None, None, :]
+    return full.at[at, slots[:, :, None]].get(mode="clip")
 
 
 def _put_one(buffer: Array, new: Array, slot: Array) -> Array:
@@ -98,4 +120,4 @@ def resize(buffer: Array, slots: int, rest: int) -> Array:
     return jnp.pad(buffer, pad)
 
 
-__all__ = ["empty", "rows_of", "pack", "unpack", "repack", "put", "take", "resize"]
+__all__ = ["empty", "rows_of", "pack", "unpack", "repack", "put", "pick", "take", "resize"]

@@ -36,11 +36,13 @@ class Fields:
         """The value as it is."""
         return self._values.get(name, default)
 
-    def integer(self, name: str, default: int | None = _REQUIRED, *, nullable: bool = False) -> Any:
-        """A positive int; `default` where the key is missing, None for null if `nullable`."""
+    def integer(
+        self, name: str, default: int | None = _REQUIRED, *, nullable: bool = False, most: int = 2**31 - 1
+    ) -> Any:
+        """An int from 1 to `most`; `default` where the key is missing, None for null if `nullable`."""
         value = self._get(name, default, nullable)
-        if value is not None and (type(value) is not int or not 1 <= value < 2**31):
-            raise self._wrong(name, "a positive integer", value)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise self._wrong(name, f"an integer from 1 to {most}", value)
         return value
 
     def number(self, name: str, default: float | None = _REQUIRED, *, nullable: bool = False) -> Any:
@@ -82,17 +84,21 @@ class Fields:
         return CheckpointError(f"{self._where}: {name!r} must be {expected}, not {show(value)}")
 
 
+MOST_LAYERS = 10_000
+"""A bound on what one number in an untrusted file can make Python build."""
+
 # Keys that say how to train, how to run, or what to print, in every family.
 HARMLESS = frozenset(
-    """_name_or_path architectures attention_dropout attn_implementation _attn_implementation chunk_size_feed_forward dtype
-    finetuning_task id2label initializer_range label2id name_or_path num_labels output_attentions output_hidden_states
-    pad_token_id prefix pretraining_tp problem_type return_dict sep_token_id task_specific_params tf_legacy_loss
-    tokenizer_class torch_dtype torchscript transformers_version unk_token_id use_bfloat16 use_cache
-    bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty
-    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
-    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p
-    typical_p""".split()
+    """_name_or_path _num_labels architectures attention_dropout attn_implementation _attn_implementation
+    chunk_size_feed_forward dtype finetuning_task id2label initializer_range label2id output_past
+    transformers.js_config name_or_path num_labels output_attentions output_hidden_states pad_token_id prefix
+    pretraining_tp problem_type return_dict sep_token_id task_specific_params tf_legacy_loss tokenizer_class
+    torch_dtype torchscript transformers_version unk_token_id use_bfloat16 use_cache bad_words_ids
+    begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
+    length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_scores remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k
+    top_p typical_p""".split()
 )
 USED = frozenset({"model_type", "bos_token_id", "eos_token_id", "tie_word_embeddings", "vocab_size"})
 # Keys that change what the model computes in a way that no family here implements: key -> values that change nothing.
@@ -152,7 +158,7 @@ def report(unknown: Sequence[str], strict: bool) -> None:
     message = f"config.json: unknown keys {', '.join(map(ascii, unknown))}: they may change what the model computes"
     if strict:
         raise CheckpointError(message)
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)  # the caller of load
 
 
-__all__ = ["Fields", "Keys", "report"]
+__all__ = ["Fields", "Keys", "MOST_LAYERS", "report"]

@@ -80,8 +80,10 @@ class SafetensorsFile:
                 if size < 8:
                     raise self._damaged(f"{size} bytes are too few for a header")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from error
         try:
             self._infos, self.metadata = self._header(size)
         except CheckpointError:
@@ -116,8 +118,8 @@ class SafetensorsFile:
         return raw.view(info.dtype).reshape(info.shape)
 
     def release(self, name: str, rows: slice | None = None) -> None:
-        """Gives the pages of a tensor (or of some of its outermost rows) back to the system: touched pages of a map count as
-        resident until then."""
+        """Gives the pages of a tensor, or of some of its outermost rows, back to the system."""
+        # pages of a map that were touched count as resident memory until then
         if not hasattr(self._map, "madvise"):  # Windows
             return
         info = self.info(name)
@@ -177,7 +179,9 @@ class SafetensorsFile:
             raise self._damaged(f"tensor {name!r} has shape {show(shape)}, more than can be addressed")
         nbytes = math.prod(shape) * DTYPES[kind].itemsize
         if nbytes != stop - start:
-            raise self._damaged(f"tensor {name!r} is {nbytes} bytes by {kind} {show(shape)}, {stop - start} by its offsets")
+            raise self._damaged(
+                f"tensor {name!r} is {nbytes} bytes by {kind} {show(shape)}, {stop - start} by its offsets"
+            )
         return TensorInfo(DTYPES[kind], tuple(shape), data + start, data + stop)
 
     def _check_ranges(self, infos: dict[str, TensorInfo], data: int, size: int) -> None:
@@ -185,7 +189,9 @@ class SafetensorsFile:
         for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)):
             if info.start != end:
                 what = "overlaps another" if info.start < end else "leaves a gap before it"
-                raise self._damaged(f"tensor {name!r} at byte {info.start - data} of the data, expected {end - data}: it {what}")
+                raise self._damaged(
+                    f"tensor {name!r} at byte {info.start - data} of the data, expected {end - data}: it {what}"
+                )
             end = info.stop
         if end != size:
             raise self._damaged(f"tensors end at byte {end}, the file at {size}")

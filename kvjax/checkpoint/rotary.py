@@ -15,7 +15,9 @@ from kvjax.checkpoint.reader import show
 from kvjax.errors import CheckpointError
 from kvjax.ops.positions import LinearScaling, Llama3Scaling, Rope, Scaling, YarnScaling
 
-KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "original_max_position_embeddings"})
+KEYS = frozenset(
+    {"rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "original_max_position_embeddings"}
+)
 REFUSED: Mapping[str, tuple[Any, ...]] = {"partial_rotary_factor": (1.0, 1, None)}
 """Keys of config.json that `rotary` reads, and those that must have their default."""
 
@@ -40,18 +42,22 @@ def rotary(fields: Fields, max_positions: int) -> tuple[Rope, int]:
     if not isinstance(values, dict):
         raise CheckpointError(f"config.json: rope_scaling or rope_parameters must be an object, not {show(values)}")
     if nested := [key for key, value in values.items() if isinstance(value, dict)]:
-        raise CheckpointError(f"config.json: a rotation per layer type ({', '.join(map(ascii, nested))}) is not supported")
+        raise CheckpointError(
+            f"config.json: a rotation per layer type ({', '.join(map(ascii, nested))}) is not supported"
+        )
     scaling = Fields(values, "config.json, rope_scaling")
     theta = scaling.number("rope_theta", None) or fields.number("rope_theta", 10_000.0)
     if theta <= 1:
         raise CheckpointError(f"config.json: rope_theta must be more than 1, not {theta}")
     if values.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise CheckpointError(f"config.json: partial_rotary_factor = {show(values['partial_rotary_factor'])} (only 1.0)")
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor = {show(values['partial_rotary_factor'])} (only 1.0)"
+        )
     kind = values.get("rope_type", values.get("type", "default"))
     if kind in ("dynamic", "longrope", "su"):
         raise CheckpointError(
-            f"config.json: RoPE scaling {kind!r} is refused: its rotation depends on the length reached, so keys that are "
-            "already cached would have to change"
+            f"config.json: RoPE scaling {kind!r} is refused: its rotation depends on the length reached, so keys "
+            "that are already cached would have to change"
         )
     if not isinstance(kind, str) or kind not in _KINDS:
         raise CheckpointError(f"config.json: unknown RoPE scaling {show(kind)}; known are {', '.join(_KINDS)}")
@@ -68,7 +74,7 @@ def _plain(theta: float, fields: Fields, original: int, positions: int) -> tuple
 
 def _linear(theta: float, fields: Fields, original: int, positions: int) -> tuple[Rope, int]:
     factor = fields.number("factor")
-    # Some files give the length before scaling here, some the length after; too far is only slow, too short refuses text.
+    # Some files give the length before scaling here, some the one after; too far is slow, too short refuses text.
     return Rope(theta, LinearScaling(factor)), max(positions, math.floor(factor * positions))
 
 

@@ -1,4 +1,4 @@
-"""The rules engine: which tensors of a checkpoint make which parameter, checked as a whole, then copied one at a time."""
+"""The rules engine: which tensors of a checkpoint make which parameter, checked as a whole, copied one by one."""
 
 from __future__ import annotations
 

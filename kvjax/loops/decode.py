@@ -5,7 +5,8 @@ Nothing here knows a kind of cache, or a model.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,12 @@ from kvjax.types import Array
 
 BUCKET = 16
 """The smallest prompt bucket, in tokens; each next one is twice as long."""
+
+CHUNK = 16
+"""Steps between two looks at whether all rows are done."""
+
+ALL = 1 << 30
+"""More chunks than any loop runs."""
 
 
 def bucket(length: int, least: int = BUCKET) -> int:
@@ -61,7 +68,7 @@ def _decode(
 
 
 @struct.node
-class Progress:
+class Progress(struct.Value):
     """Where a loop that stops stands. What a row emitted is what was fed: `cache.tokens[row, prompt:length]`.
 
     Args:
@@ -84,6 +91,7 @@ class Progress:
 def _decode_until(
     model: Model, state: Progress, sampler: Any, seeds: Array, stops: Array, limits: Array, chunks: Array, chunk: int
 ) -> Progress:
+    # limits [B] are absolute lengths; stops [n] are ids, -1 for none; at most `chunks` scans of `chunk` steps
     keys = sampling.row_keys(seeds)
     room = state.cache.capacity
 
@@ -112,34 +120,30 @@ def _decode_until(
     return lax.while_loop(more, run, (jnp.zeros((), jnp.int32), state))[1]
 
 
-_compiled = {
-    False: {
-        "prefill": jax.jit(_prefill),
-        "step": jax.jit(_step),
-        "decode": jax.jit(_decode, static_argnames="steps"),
-    },
-    True: {
-        "prefill": jax.jit(_prefill, donate_argnums=1),
-        "step": jax.jit(_step, donate_argnums=1),
-        "decode": jax.jit(_decode, static_argnames="steps", donate_argnums=1),
-    },
-}
-decode_until = jax.jit(_decode_until, static_argnames="chunk", donate_argnums=1)
-"""The loop under `generate`: chunks of `chunk` steps until every row is done or one has no room; at most `chunks`.
+class Programs(NamedTuple):
+    """The compiled functions under the public ones."""
 
-Args:
-    model: any model.
-    state: donated.
-    sampler: see `kvjax.sampling`.
-    seeds: `[B]` uint32.
-    stops: `[n]` int32, ids that end a row once emitted; -1 is no id.
-    limits: `[B]` int32, absolute lengths at which rows end.
-    chunks: int32.
-    chunk: static, steps between two looks at whether all rows are done.
-"""
+    prefill: Any
+    step: Any
+    decode: Any
+    until: Any
 
 
-def prefill(model: Model, cache: Cache, tokens: Any, valid: Any = None, *, _donate: bool = False) -> tuple[Array, Cache]:
+def _programs(**donation: Any) -> Programs:
+    # The cache, or the progress that holds it, is the second argument of each.
+    return Programs(
+        jax.jit(_prefill, **donation),
+        jax.jit(_step, **donation),
+        jax.jit(_decode, static_argnames="steps", **donation),
+        jax.jit(_decode_until, static_argnames="chunk", **donation),
+    )
+
+
+VALUE, DONATING = _programs(), _programs(donate_argnums=1)
+"""With the cache as a value, and with its buffers used up."""
+
+
+def prefill(model: Model, cache: Cache, tokens: Any, valid: Any = None, *, _run: Programs = VALUE) -> tuple[Array, Cache]:
     """Feeds any number of tokens a row and gives the logits after the last.
 
     Prompts are padded to buckets (16, 32, 64, …), so that lengths of one bucket share a program. Above about 1,024
@@ -163,10 +167,10 @@ def prefill(model: Model, cache: Cache, tokens: Any, valid: Any = None, *, _dona
     if is_concrete(tokens):
         size = bucket(tokens.shape[1])
         tokens = np.pad(np.asarray(tokens), ((0, 0), (0, size - tokens.shape[1])))
-    return _compiled[_donate]["prefill"](model, cache, tokens, valid)
+    return _run.prefill(model, cache, tokens, valid)
 
 
-def step(model: Model, cache: Cache, tokens: Any, *, _donate: bool = False) -> tuple[Array, Cache]:
+def step(model: Model, cache: Cache, tokens: Any, *, _run: Programs = VALUE) -> tuple[Array, Cache]:
     """Feeds one token a row, for loops of one's own. Does not wait for the device: call `cache.check()` now and then.
 
     Args:
@@ -183,7 +187,7 @@ def step(model: Model, cache: Cache, tokens: Any, *, _donate: bool = False) -> t
     tokens = jnp.asarray(tokens)
     if tokens.shape != (cache.batch,) or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise InputError(f"step: tokens {tokens.dtype.name}{list(tokens.shape)} must be whole numbers [{cache.batch}]")
-    return _compiled[_donate]["step"](model, cache, tokens.astype(jnp.int32))
+    return _run.step(model, cache, tokens.astype(jnp.int32))
 
 
 def decode(
@@ -194,7 +198,7 @@ def decode(
     steps: int,
     sampler: Any = None,
     seed: Any = 0,
-    _donate: bool = False,
+    _run: Programs = VALUE,
 ) -> tuple[Array, Array, Cache]:
     """A fixed number of steps in one `lax.scan`: each samples a token a row and feeds it.
 
@@ -212,13 +216,61 @@ def decode(
     Raises:
         InputError: shapes are wrong.
     """
-    if logits.ndim != 2 or logits.shape[0] != cache.batch:
-        raise InputError(f"decode: logits {list(logits.shape)} must be [B, V] for a batch of {cache.batch}")
+    _check_logits("decode", cache, logits)
     if steps < 1:
         raise InputError(f"decode: steps must be at least 1, not {steps}")
     chosen = sampling.greedy() if sampler is None else sampler
-    run = _compiled[_donate]["decode"]
-    return run(model, cache, logits, chosen, seeds_of(seed, cache.batch), steps=steps)
+    return _run.decode(model, cache, logits, chosen, seeds_of(seed, cache.batch), steps=steps)
+
+
+def decode_until(
+    model: Model,
+    cache: Cache,
+    logits: Array,
+    *,
+    max_new_tokens: Any,
+    stop_ids: Sequence[int] = (),
+    sampler: Any = None,
+    seed: Any = 0,
+    chunk: int = CHUNK,
+    _run: Programs = VALUE,
+) -> Progress:
+    """Samples and feeds until every row has emitted a stop id or spent its budget, all on the device.
+
+    Scans of `chunk` steps inside a `while_loop`: a scan cannot stop, so steps that no row needed are counted. It also
+    ends when a row has no room left: `resize` the cache and go on.
+
+    Args:
+        model: any model.
+        cache: stays usable.
+        logits: `[B, V]`, for the first token.
+        max_new_tokens: int, or one int32 a row.
+        stop_ids: ids that end a row; the id itself is emitted and fed.
+        sampler: see `kvjax.sampling`; None is greedy.
+        seed: int, or one int a row.
+        chunk: static, steps between two looks at whether all rows are done.
+
+    Returns:
+        Where the loop stands; the emitted tokens are `cache.tokens[row, old length:new length]`.
+
+    Raises:
+        InputError: shapes are wrong.
+    """
+    _check_logits("decode_until", cache, logits)
+    if chunk < 1:
+        raise InputError(f"decode_until: chunk must be at least 1, not {chunk}")
+    limits = cache.lengths + jnp.broadcast_to(jnp.asarray(max_new_tokens, jnp.int32), (cache.batch,))
+    state = Progress(cache, logits, jnp.zeros((cache.batch,), bool), jnp.zeros((), jnp.int32))
+    chosen = sampling.greedy() if sampler is None else sampler
+    seeds, stops = seeds_of(seed, cache.batch), padded_stops(stop_ids)
+    return _run.until(model, state, chosen, seeds, stops, limits, np.int32(ALL), chunk=chunk)
+
+
+def padded_stops(ids: Sequence[int]) -> np.ndarray:
+    """`[n]` int32, n a bucket of at least 8, so that another number of stop ids compiles nothing; -1 is no id."""
+    stops = np.full((bucket(max(len(ids), 1), 8),), -1, np.int32)
+    stops[: len(ids)] = ids
+    return stops
 
 
 def seeds_of(seed: Any, batch: int) -> Array:
@@ -235,6 +287,11 @@ def seeds_of(seed: Any, batch: int) -> Array:
     if values.size and (values.min() < 0 or values.max() > 0xFFFFFFFF):
         raise InputError(f"seed: {seed!r} must lie between 0 and {0xFFFFFFFF}")
     return np.broadcast_to(values.astype(np.uint32), (batch,))  # type: ignore[return-value]
+
+
+def _check_logits(name: str, cache: Cache, logits: Array) -> None:
+    if logits.ndim != 2 or logits.shape[0] != cache.batch:
+        raise InputError(f"{name}: logits {list(logits.shape)} must be [B, V] for a batch of {cache.batch}")
 
 
 def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any) -> tuple[Any, Any]:
@@ -262,4 +319,4 @@ def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any
     return tokens.astype(np.int32), valid.astype(np.int32)
 
 
-__all__ = ["prefill", "step", "decode", "decode_until", "Progress", "bucket", "seeds_of"]
+__all__ = ["prefill", "step", "decode", "decode_until", "Progress", "Programs", "VALUE", "DONATING", "bucket", "seeds_of"]

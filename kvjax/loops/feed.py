@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kvjax.caches.base import CAPACITY, NAN, POSITIONS, TOKEN, Cache, OpenCache, Span
+from kvjax.caches.base import CAPACITY, NAN, POSITIONS, TOKEN, Cache, OpenCache, Span, Tree
 from kvjax.model import Model
 from kvjax.types import Array
 
 
-def feed(model: Model, cache: Cache, tokens: Array, valid: Array) -> tuple[Array, Cache]:
+def feed(
+    model: Model, cache: Cache, tokens: Array, valid: Array, tree: Tree | None = None
+) -> tuple[Array, Cache]:
     """Feeds S tokens a row.
 
     A row whose tokens do not fit is left as it is, and flagged: nothing is clamped, wrapped or partly written.
@@ -19,6 +21,7 @@ def feed(model: Model, cache: Cache, tokens: Array, valid: Array) -> tuple[Array
         cache: at the tokens that came before.
         tokens: `[B, S]` int32.
         valid: `[B]` int32, how many of a row's tokens are real, 0 to S.
+        tree: how the tokens hang together; None is one after the other. `Cache.keep` then keeps one path.
 
     Returns:
         Features `[B, S, ...]` of the new tokens for `model.head`, and the cache.
@@ -28,21 +31,34 @@ def feed(model: Model, cache: Cache, tokens: Array, valid: Array) -> tuple[Array
     full = start + valid > cache.capacity
     flags = jnp.where(full, CAPACITY, 0)
     if model.max_positions is not None:
-        past = start + valid > model.max_positions
+        real = jnp.arange(s, dtype=jnp.int32)[None, :] < valid[:, None]
+        last = valid if tree is None else jnp.max(jnp.where(real, tree.depths + 1, 0), axis=1)
+        past = start + last > model.max_positions
         flags |= jnp.where(past, POSITIONS, 0)
         full |= past
     valid = jnp.where(full, 0, valid)
-    flags = (cache.flags | flags).astype(jnp.int32)
     steps = jnp.arange(s, dtype=jnp.int32)[None, :]
     places = start[:, None] + steps  # [B, S]
+    span = Span(start, valid, places)
+    if tree is not None:
+        span = Span(start, valid, start[:, None] + tree.depths, jnp.broadcast_to(tree.ancestors, (b, s, s)))
+    shared, refused = cache.reserve(span)
+    span = span.replace(valid=jnp.where(refused != 0, 0, valid)) if shared else span
+    valid = span.valid
+    flags = (cache.flags | flags | refused).astype(jnp.int32)
+    cache = cache.replace(shared=shared)
     slots = jnp.where(steps < valid[:, None], places, cache.capacity)
     noted = cache.tokens.at[jnp.arange(b)[:, None], slots].set(tokens, mode="drop")
-    span = Span(start, valid, places)
     if cache.replays:
         # Some layer keeps nothing: the whole text goes through again, and the new tokens' features are picked out.
         zeros = jnp.zeros_like(start)
         every = jnp.broadcast_to(jnp.arange(cache.capacity, dtype=jnp.int32)[None, :], noted.shape)
-        x, opened = _apply(model, cache, jnp.maximum(noted, 0), Span(zeros, start + valid, every))
+        whole = Span(zeros, start + valid, every)
+        if tree is not None:
+            causal = jnp.broadcast_to(every[:, :, None] >= every[:, None, :], (b, cache.capacity, cache.capacity))
+            seen = causal.at[jnp.arange(b)[:, None], places].set(span.seen(every), mode="drop")
+            whole = Span(zeros, start + valid, span.text(every), seen)
+        x, opened = _apply(model, cache, jnp.maximum(noted, 0), whole)
         at = jnp.clip(places, 0, cache.capacity - 1)
         x = jnp.take_along_axis(x, at.reshape(b, s, *(1,) * (x.ndim - 2)), axis=1)
     else:
@@ -75,7 +91,7 @@ def finish(model: Model, cache: Cache, x: Array, tokens: Array, valid: Array) ->
     broken = jnp.any(jnp.isnan(logits), axis=(1, 2)) & (valid > 0)
     flags = cache.flags | jnp.where(bad, TOKEN, 0) | jnp.where(broken, NAN, 0)
     logits = jnp.where((flags != 0)[:, None, None], jnp.nan, logits)
-    return logits, cache.replace(flags=flags.astype(jnp.int32))  # type: ignore[attr-defined]
+    return logits, cache.replace(flags=flags.astype(jnp.int32))
 
 
 __all__ = ["feed", "finish"]

@@ -21,16 +21,11 @@ from kvjax.model import Model, init_cache
 from kvjax.timing import Compilations
 from kvjax.types import Array
 
-CHUNK = 16
-"""Steps between two looks at whether all rows are done; 0.98 of an unbroken scan (PERFORMANCE)."""
-
 CAPACITY = 256
 """The smallest capacity of a generated cache, in tokens; it grows by doubling."""
 
 AHEAD = 64
 """Tokens of room beyond the prompt that the first capacity has at least."""
-
-ALL = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +116,7 @@ def generate(
     run = Run.start(
         lm, prompts, after=after, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, plan=plan, stop_ids=stop_ids
     )
-    for run in run.chunks(ALL):
+    for run in run.chunks(loop.ALL):
         pass
     return run.result()
 
@@ -175,11 +170,13 @@ class Run:
                 state = _prefilled(model, ids, plan)
             else:
                 last = np.asarray([row[-1] for row in ids])
-                stopped = np.isin(last, stops) & (np.asarray(after.lengths) > 0)
+                emitted = (np.asarray(after.lengths) > 0) | (np.asarray(after.stop) == "eos")  # not of the prompt
+                stopped = np.isin(last, stops) & emitted
                 # The loop donates what it is given; the caller keeps its own.
                 cache, logits = _copy((after.cache, after.logits))
                 state = loop.Progress(cache, logits, jnp.asarray(stopped), jnp.zeros((), jnp.int32))
             jax.block_until_ready(state)
+        state.cache.check()
         spent = time.perf_counter() - began - made.seconds
         timings = Timings(compile=made.seconds, prefill=max(spent, 0.0), programs=made.count)
         return cls(lm, state, ids, limits, sampler, seeds, stops, timings)
@@ -188,9 +185,7 @@ class Run:
         """Goes on, `chunks` times 16 steps between two looks, until all rows are done. Earlier runs are used up."""
         run = self
         model = model_of(self.lm)
-        size = loop.bucket(max(len(self.stop_ids), 1), 8)
-        stops = np.full((size,), -1, np.int32)
-        stops[: len(self.stop_ids)] = self.stop_ids
+        stops = loop.padded_stops(self.stop_ids)
         while True:
             lengths = np.asarray(run.state.cache.lengths)
             if np.asarray(run.state.done(jnp.asarray(run.limits))).all():
@@ -200,9 +195,9 @@ class Run:
                 state = run.state
                 if (lengths >= state.cache.capacity).any():
                     grown = _grow(state.cache, capacity=2 * state.cache.capacity)
-                    state = state.replace(cache=grown)  # type: ignore[attr-defined]
-                state = loop.decode_until(
-                    model, state, run.sampler, run.seeds, stops, run.limits, np.int32(chunks), chunk=CHUNK
+                    state = state.replace(cache=grown)
+                state = loop.DONATING.until(
+                    model, state, run.sampler, run.seeds, stops, run.limits, np.int32(chunks), chunk=loop.CHUNK
                 )
                 jax.block_until_ready(state)
             state.cache.check()
@@ -304,7 +299,7 @@ def _limits(model: Model, ids: list[list[int]], max_new_tokens: Any) -> np.ndarr
             f"generate: row {row} has {len(ids[row])} tokens, and max_new_tokens {int(np.broadcast_to(budget, limits.shape)[row])} "
             f"more pass the model's {model.max_positions} positions"
         )
-    return limits.astype(np.int32)
+    return np.minimum(limits, np.iinfo(np.int32).max).astype(np.int32)
 
 
 def _encode(lm: LM | Model, prompts: Any) -> list[list[int]]:
@@ -318,8 +313,10 @@ def _encode(lm: LM | Model, prompts: Any) -> list[list[int]]:
                 raise InputError(f"generate: prompt {row} is text, but a bare Model has no tokenizer; give ids")
             prompt = lm.encode(prompt)
         ids = np.asarray(prompt)
-        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"generate: prompt {row} must be text or at least one id, not {ids.dtype}{list(ids.shape)}")
+        if ids.size == 0:
+            raise InputError(f"generate: prompt {row} is empty; give at least one id")
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"generate: prompt {row} must be text or a list of ids, not {ids.dtype}{list(ids.shape)}")
         if ids.min() < 0 or (vocab is not None and ids.max() >= vocab):
             bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise InputError(f"generate: prompt {row} has id {bad}, the vocabulary has {vocab} ids")

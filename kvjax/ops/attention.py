@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,20 +33,39 @@ BLOCKWISE_ABOVE = 1024
 
 
 @struct.node
-class View:
+class Absorb(struct.Value):
+    """Maps that make keys and values out of what a cache stores, gone through by the query and the result instead.
+
+    A key is `query_map · x · factor + key_bias`, a value `value_map · x · factor + value_bias`; the factor of each
+    position (a norm's) is the view's `k_scale` and `v_scale`.
+
+    Args:
+        query_map, value_map: `[K, D, E]` and `[K, E, D]`; E is the width of what is stored.
+        key_bias, value_bias: `[K, D]` or None.
+    """
+
+    query_map: Array
+    value_map: Array
+    key_bias: Array | None = None
+    value_bias: Array | None = None
+
+
+@struct.node
+class View(struct.Value):
     """What a cache hands back for one buffer: keys and values as stored, and where each slot stands in the text.
 
     Args:
         k, v: `[*lead, T, D]`; `lead` is `(R * K,)`, `(R, K)` or, when R * K is 1, nothing. R is the rows of the view:
             the batch, 1 (all rows read the same keys) or a divisor of it (consecutive rows share).
         positions: `[R or B or 1, T]` int32, absolute position of every slot, `EMPTY` where there is none.
-        k_scale, v_scale: `[*lead, T]` or None; factors that turn stored codes into keys and values.
-        absorb: `(query_map [K, D, E], value_map [K, E, D])` when `k` and `v` hold what keys and values are made from
-            (one head, width E): queries go through the first, results through the second.
+        k_scale, v_scale: factors that turn stored codes into keys and values: `[*lead, T]`, one per slot, or
+            `[*lead, T / g, D]`, one per channel for every g slots; or None.
+        absorb: for a view whose `k` and `v` hold what keys and values are made from (one head, width E).
         pages: `(owner [P], table [B, n])` when the rows of the view are P pages: which row a page belongs to (pages
             that nobody owns may name any row), and which pages a row has, in any order, `-1` for none.
         query_positions: `[B, S]`, where the queries stand for rotation against this view; None is where they are.
-        visible: `[B or 1, S, T]` bool, replaces the arithmetic on positions (tree drafts); None uses it.
+        visible: `[B, S, T]` bool (P for pages), narrows what the arithmetic on positions allows: siblings of a tree
+            share a position and do not see each other. None: arithmetic alone.
         window: a query sees positions less than `window` behind it; None sees all.
         sinks: positions below it are seen whatever the window.
     """
@@ -55,7 +75,7 @@ class View:
     positions: Array
     k_scale: Array | None = None
     v_scale: Array | None = None
-    absorb: tuple[Array, Array] | None = None
+    absorb: Absorb | None = None
     pages: tuple[Array, Array] | None = None
     query_positions: Array | None = None
     visible: Array | None = None
@@ -104,18 +124,29 @@ def attention(
     """
     run = functools.partial(_attend, kv_heads=kv_heads, scale=scale, window=window, rotate=rotate)
     b, s, h, d = q.shape
-    slots = sum(view.positions.shape[-1] for view in views)
-    plain = all(view.visible is None and view.query_positions is None for view in views)
-    if s <= BLOCK or slots <= BLOCKWISE_ABOVE or not plain:
+    if s <= BLOCK or sum(_slots(view) for view in views) <= BLOCKWISE_ABOVE:
         return run(q, positions, views)
     # Blocks of queries bound the scores at BLOCK x T: temporary memory grows with S, not with S x T.
     blocks = -(-s // BLOCK)
-    fill = blocks * BLOCK - s
-    q = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0))).reshape(b, blocks, BLOCK, h, d)
-    positions = jnp.pad(positions, ((0, 0), (0, fill))).reshape(b, blocks, BLOCK)
-    block = jax.checkpoint(lambda x: run(x[0], x[1], views))  # type: ignore[attr-defined]
-    out = lax.map(block, (q.swapaxes(0, 1), positions.swapaxes(0, 1)))  # [blocks, B, BLOCK, H, D]
+
+    def cut(x: Array) -> Array:  # [B, S, ...] -> [blocks, B, BLOCK, ...]
+        x = jnp.pad(x, ((0, 0), (0, blocks * BLOCK - s)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], blocks, BLOCK, *x.shape[2:]).swapaxes(0, 1)
+
+    def block(x: Any) -> Array:
+        q, positions, own = x
+        pairs = zip(views, own, strict=True)
+        return run(q, positions, tuple(view.replace(query_positions=p, visible=m) for view, (p, m) in pairs))
+
+    own = tuple((view.query_positions, view.visible) for view in views)
+    block = jax.checkpoint(block)  # type: ignore[attr-defined]
+    out = lax.map(block, jax.tree.map(cut, (q, positions, own)))  # [blocks, B, BLOCK, H, D]
     return out.swapaxes(0, 1).reshape(b, blocks * BLOCK, h, d)[:, :s]
+
+
+def _slots(view: View) -> int:
+    """Slots that one row's scores span."""
+    return view.positions.shape[-1] * (1 if view.pages is None else view.pages[1].shape[1])
 
 
 def _attend(
@@ -134,7 +165,7 @@ def _attend(
     for view in views:
         at = positions if view.query_positions is None else view.query_positions
         turned = q if rotate is None else rotate(q, at)
-        parts.append(_partial(turned * jnp.asarray(scale, q.dtype), positions, view, kv_heads, window))
+        parts.append(_partial(turned, positions, view, kv_heads, scale, window))
     top = functools.reduce(jnp.maximum, [m for m, _, _ in parts])
     weights = [jnp.exp(m - top) for m, _, _ in parts] if len(parts) > 1 else [None]
     total = functools.reduce(jnp.add, [_weigh(n, w) for (_, n, _), w in zip(parts, weights, strict=True)])
@@ -149,30 +180,33 @@ def _weigh(x: Array, weight: Array | None) -> Array:
     return x * jnp.expand_dims(weight, range(weight.ndim, x.ndim))
 
 
-def _partial(q: Array, positions: Array, view: View, kv_heads: int, window: int | None) -> tuple[Array, Array, Array]:
+def _partial(
+    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None
+) -> tuple[Array, Array, Array]:
     """One view's share: maxima and sums `[B, K, G * S]`, unnormalised output `[B, K, G * S, D]`."""
     if view.absorb is not None:
-        return _absorbed(q, positions, view, kv_heads, window)
+        return _absorbed(q, positions, view, kv_heads, scale, window)
     if view.pages is not None:
-        return _paged(q, positions, view, kv_heads, window)
+        return _paged(q, positions, view, kv_heads, scale, window)
     b, s, h, d = q.shape
-    lead, t, k = view.k.shape[:-2], view.k.shape[-2], kv_heads
+    lead, k = view.k.shape[:-2], kv_heads
     g, rows = h // k, math.prod(lead) // k
     share = b // rows  # rows of the batch that read one row of the view
     precise = jnp.promote_types(jnp.float32, q.dtype)
     # q: [B, S, H, D] -> [R, share, S, K, G, D] -> [R, K, share, G, S, D] -> [*lead, share * G * S, D]
     q = q.reshape(rows, share, s, k, g, d).transpose(0, 3, 1, 4, 2, 5).reshape(*lead, share * g * s, d)
-    keys = view.k if view.k.dtype == q.dtype else view.k.astype(q.dtype)
-    scores = _contract(q, keys, q.ndim - 1, keys.ndim - 1, len(lead), precise)  # [*lead, share * G * S, T]
-    if view.k_scale is not None:
-        scores = scores * view.k_scale[..., None, :].astype(precise)
+    keys, k_scale = _decoded(view.k, view.k_scale, q.dtype)
+    # Scaled here and not in q: a half-precision q would round the scale into every score.
+    scores = _contract(q, keys, q.ndim - 1, keys.ndim - 1, len(lead), precise) * scale  # [*lead, share * G * S, T]
+    if k_scale is not None:
+        scores = scores * k_scale[..., None, :].astype(precise)
     scores = jnp.where(_mask(positions, view, window, (rows, k, share, g, s)).reshape(scores.shape), scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1)
-    if view.v_scale is not None:
-        weights = weights * view.v_scale[..., None, :].astype(precise)
-    values = view.v if view.v.dtype == q.dtype else view.v.astype(q.dtype)
+    values, v_scale = _decoded(view.v, view.v_scale, q.dtype)
+    if v_scale is not None:
+        weights = weights * v_scale[..., None, :].astype(precise)
     out = _contract(weights.astype(q.dtype), values, weights.ndim - 1, values.ndim - 2, len(lead), precise)
 
     def rows_first(x: Array) -> Array:  # [*lead, share * G * S, ...] -> [B, K, G * S, ...]
@@ -182,19 +216,27 @@ def _partial(q: Array, positions: Array, view: View, kv_heads: int, window: int 
     return rows_first(top[..., 0]), rows_first(total), rows_first(out)
 
 
+def _decoded(x: Array, scale: Array | None, dtype: jnp.dtype) -> tuple[Array, Array | None]:
+    """What the contraction reads, and the factors per slot that scores or weights take up instead."""
+    x = x if x.dtype == dtype else x.astype(dtype)
+    if scale is None or scale.ndim < x.ndim:
+        return x, scale
+    groups = x.reshape(*scale.shape[:-1], -1, x.shape[-1])  # [*lead, T / g, g, D]
+    return (groups * scale[..., None, :].astype(dtype)).reshape(x.shape), None
+
+
 def _mask(positions: Array, view: View, window: int | None, shape: tuple[int, ...]) -> Array:
     """What each query sees, `[R, K, share, G, S, T]`."""
     rows, k, share, g, s = shape
     t = view.k.shape[-2]
-    if view.visible is not None:
-        seen = jnp.broadcast_to(view.visible, (rows * share, s, t)).reshape(rows, 1, share, 1, s, t)
-        return jnp.broadcast_to(seen, (rows, k, share, g, s, t))
     windows = [w for w in (window, view.window) if w is not None]
     query = jnp.broadcast_to(positions, (rows * share, s)).reshape(rows, 1, share, 1, s, 1)
     # positions has one row for all, one per row of the view, or one per row of the batch
     slots = view.positions
     slots = slots.reshape((rows, 1, share, 1, 1, t) if slots.shape[0] == rows * share else (-1, 1, 1, 1, 1, t))
     seen = visible(query, slots, min(windows, default=None), view.sinks)
+    if view.visible is not None:
+        seen &= view.visible.reshape(rows, 1, share, 1, s, t)
     return jnp.broadcast_to(seen, (rows, k, share, g, s, t))
 
 
@@ -203,23 +245,34 @@ def _contract(a: Array, b: Array, a_axis: int, b_axis: int, batch: int, precise:
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (axes, axes)), preferred_element_type=precise)
 
 
-def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, window: int | None) -> tuple[Array, Array, Array]:
+def _absorbed(
+    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None
+) -> tuple[Array, Array, Array]:
     assert view.absorb is not None
-    query_map, value_map = view.absorb
+    maps = view.absorb
     b, s, h, d = q.shape
-    wide = jnp.einsum("bskgd,kde->bskge", q.reshape(b, s, kv_heads, -1, d), query_map).reshape(b, s, h, -1)
-    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, window)  # type: ignore[attr-defined]
+    q = q.reshape(b, s, kv_heads, -1, d)
+    wide = jnp.einsum("bskgd,kde->bskge", q, maps.query_map.astype(q.dtype)).reshape(b, s, h, -1)
+    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, scale, window)
     top, total = (x.reshape(b, kv_heads, -1) for x in (top, total))  # heads are K-major: [B, K, G * S]
-    out = jnp.einsum("bkme,ked->bkmd", out.reshape(b, kv_heads, top.shape[-1], -1), value_map)
+    out = out.reshape(b, kv_heads, top.shape[-1], -1)
+    out = jnp.einsum("bkme,ked->bkmd", out, maps.value_map.astype(out.dtype))
+    if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it
+        lift = jnp.einsum("bskgd,kd->bkgs", q, maps.key_bias.astype(q.dtype)).astype(top.dtype)
+        top = top + lift.reshape(top.shape) * scale
+    if maps.value_bias is not None:
+        out = out + total[..., None] * maps.value_bias[None, :, None, :].astype(out.dtype)
     return top, total, out
 
 
-def _paged(q: Array, positions: Array, view: View, kv_heads: int, window: int | None) -> tuple[Array, Array, Array]:
+def _paged(
+    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None
+) -> tuple[Array, Array, Array]:
     # Every page attends for its owner, then each row gathers the small partial results of its pages: gathering the
     # pages themselves would copy the pool (TRAPS: .82-.94 of dense against .48-.78).
     assert view.pages is not None
     owner, table = view.pages
-    parts = _partial(q[owner], positions[owner], view.replace(pages=None), kv_heads, window)  # type: ignore[attr-defined]
+    parts = _partial(q[owner], positions[owner], view.replace(pages=None), kv_heads, scale, window)
     none = (table < 0)[:, :, None, None]
     top, total, out = (x[jnp.maximum(table, 0)] for x in parts)  # [B, n, K, G * S(, D)]
     top = jnp.where(none, MASKED, top)
@@ -228,4 +281,4 @@ def _paged(q: Array, positions: Array, view: View, kv_heads: int, window: int | 
     return highest, jnp.sum(total * weight, axis=1), jnp.sum(out * weight[..., None], axis=1)
 
 
-__all__ = ["View", "attention", "visible", "EMPTY"]
+__all__ = ["View", "Absorb", "attention", "visible", "EMPTY"]

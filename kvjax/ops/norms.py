@@ -30,6 +30,15 @@ class RMSNorm:
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return _affine(y.astype(x.dtype), params["scale"])
 
+    def factor(self, x: Array) -> Array:
+        """`[...]`, what each vector of `x[..., M]` is multiplied by."""
+        y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        return lax.rsqrt(jnp.mean(y * y, axis=-1) + self.eps)
+
+    def fold(self, params: Params, kernel: Array) -> tuple[Array, Array | None]:
+        """`(kernel' [M, out], bias' [out] or None)` with `norm(x) @ kernel = (x @ kernel') * factor(x) + bias'`."""
+        return kernel * params["scale"][:, None].astype(kernel.dtype), None
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerNorm:
@@ -52,6 +61,17 @@ class LayerNorm:
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         y = _affine(y.astype(x.dtype), params["scale"])
         return y + jnp.expand_dims(params["bias"], range(x.ndim - 1)).astype(x.dtype)
+
+    def factor(self, x: Array) -> Array:
+        """`[...]`, what each centred vector of `x[..., M]` is multiplied by."""
+        y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        return lax.rsqrt(jnp.mean(y * y, axis=-1) + self.eps)
+
+    def fold(self, params: Params, kernel: Array) -> tuple[Array, Array | None]:
+        """As `RMSNorm.fold`; centring is linear, so it goes into the kernel."""
+        scaled = kernel * params["scale"][:, None].astype(kernel.dtype)
+        return scaled - jnp.mean(scaled, axis=0, keepdims=True), params["bias"].astype(kernel.dtype) @ kernel
 
 
 Norm = RMSNorm | LayerNorm

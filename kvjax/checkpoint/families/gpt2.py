@@ -1,9 +1,9 @@
-"""GPT-2 (Radford et al. 2019): layer norms, learned positions, one fused query-key-value map stored [inputs, outputs]."""
+"""GPT-2 (Radford et al. 2019): layer norms, learned positions, maps stored [inputs, outputs], one for q, k, v."""
 
 from __future__ import annotations
 
 from kvjax.checkpoint.activations import ACTIVATIONS
-from kvjax.checkpoint.fields import Fields, Keys
+from kvjax.checkpoint.fields import MOST_LAYERS, Fields, Keys
 from kvjax.checkpoint.rules import Family, Rule
 from kvjax.config import Config
 from kvjax.errors import CheckpointError
@@ -19,7 +19,7 @@ def config(fields: Fields) -> Config:
     positions = fields.integer("n_positions", 1024)
     return Config(
         vocab_size=fields.integer("vocab_size"),
-        num_layers=fields.integer("n_layer"),
+        num_layers=fields.integer("n_layer", most=MOST_LAYERS),
         width=width,
         query_heads=heads,
         kv_heads=heads,

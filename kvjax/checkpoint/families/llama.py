@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x (Touvron et al. 2302.13971, 2307.09288; Grattafiori et al. 2407.21783), and what its descendants share."""
+"""Llama 1 to 3.x (Touvron et al. 2302.13971, 2307.09288; Grattafiori et al. 2407.21783) and what others share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from kvjax.checkpoint import rotary
 from kvjax.checkpoint.activations import ACTIVATIONS
-from kvjax.checkpoint.fields import Fields, Keys
+from kvjax.checkpoint.fields import MOST_LAYERS, Fields, Keys
 from kvjax.checkpoint.rules import Family, Rule, linear
 from kvjax.config import Config
 from kvjax.errors import CheckpointError
@@ -48,7 +48,7 @@ def shape(fields: Fields, *, kv_heads: int | None, head_dim: int | None, max_pos
     positions, limit = rotary.rotary(fields, max_positions)
     return {
         "vocab_size": fields.integer("vocab_size"),
-        "num_layers": fields.integer("num_hidden_layers"),
+        "num_layers": fields.integer("num_hidden_layers", most=MOST_LAYERS),
         "width": width,
         "query_heads": heads,
         "kv_heads": fields.integer("num_key_value_heads", kv_heads, nullable=True) or heads,
@@ -78,9 +78,11 @@ FAMILY = Family(
     config=config,
     keys=Keys(
         used=SHAPE_KEYS | {"attention_bias", "mlp_bias"},
+        harmless=frozenset({"is_llama_config"}),
         refused={
             **rotary.REFUSED,
             "layer_types": (None,),
+            "rope_interleaved": (False, None),
             "sliding_window": (None,),
             "use_sliding_window": (False, None),
         },

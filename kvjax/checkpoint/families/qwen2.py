@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (2407.10671, 2412.15115): Llama with biases on queries, keys and values, and windows on some layers."""
+"""Qwen2 and Qwen2.5 (2407.10671, 2412.15115): Llama with biases on q, k and v, and windows on some layers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ def windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     if not isinstance(types, list) or len(types) != layers:
         raise CheckpointError(f"config.json: layer_types must be a list of {layers} names, not {show(types)}")
     if unknown := [t for t in types if t not in ("full_attention", "sliding_attention")]:
-        raise CheckpointError(f"config.json: layer_types knows full_attention and sliding_attention, not {show(unknown[0])}")
+        raise CheckpointError(
+            f"config.json: layer_types knows full_attention and sliding_attention, not {show(unknown[0])}"
+        )
     if window is None and "sliding_attention" in types:
-        raise CheckpointError("config.json: layer_types has sliding_attention, but use_sliding_window or sliding_window is off")
+        raise CheckpointError(
+            "config.json: layer_types has sliding_attention, but use_sliding_window or sliding_window is off"
+        )
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
@@ -53,7 +57,12 @@ FAMILY = Family(
     config=config,
     keys=Keys(
         used=SHAPE_KEYS | WINDOW_KEYS,
-        refused={**rotary.REFUSED, "attention_bias": (True, None), "mlp_bias": (False, None), "use_mrope": (False, None)},
+        refused={
+            **rotary.REFUSED,
+            "attention_bias": (True, None),
+            "mlp_bias": (False, None),
+            "use_mrope": (False, None),
+        },
     ),
     rules=RULES,
     prefix="model.",

@@ -1,0 +1,491 @@
+"""The seven hard cases of the contract, each against its reference, and each with a broken twin that must fail.
+
+A case feeds ragged rows in uneven chunks, decodes in a scan, goes back, changes the rows, grows, and decodes again, for
+the kind under test and for its reference. What it returns is the largest difference of logits over the largest logit,
+by name; tokens that differ count as 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import contract_kinds as kinds
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvjax
+from kvjax import caches
+from kvjax.caches import codecs, storage
+from kvjax.caches.base import PAGES, Cache, OpenCache, Project, Span, Tree
+from kvjax.config import Config
+from kvjax.layers import Rotation, feed_forward, linear, self_attention
+from kvjax.loops.feed import feed, finish
+from kvjax.model import Model, decoder_head
+from kvjax.ops.attention import EMPTY, Absorb
+from kvjax.ops.norms import LayerNorm
+from kvjax.ops.positions import Learned
+from kvjax.params import init_params
+from kvjax.types import Array, Params
+
+EXACT = 1e-5
+"""Largest difference over the largest logit that float32 may leave; sums are taken in another order."""
+
+BROKEN = 1e-3
+"""What a negative control must exceed."""
+
+BACK, STEPS = 2, 5
+PROMPTS = (23, 17)
+CHUNKS = (13, 8, 2)
+CAPACITY = 48
+WINDOW = 8
+
+LLAMA = Config(61, 2, 32, 4, 2, 8, 64)
+LOCAL = dataclasses.replace(LLAMA, windows=(WINDOW, WINDOW))
+GPT2 = dataclasses.replace(LLAMA, norm=LayerNorm(), positions=Learned(CAPACITY), gated=False, qkv_bias=True)
+PLAIN = dataclasses.replace(LLAMA, positions=Learned(CAPACITY))
+
+
+def model(config: Config, seed: int = 0) -> Model:
+    """Random parameters, far enough from their initial values that gains, biases and attention matter."""
+    leaves, tree = jax.tree.flatten(init_params(config, jax.random.key(seed)))
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return kvjax.decoder(
+        config,
+        jax.tree.unflatten(tree, [x + 0.25 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]),
+    )
+
+
+def prompts(rows: tuple[int, ...] = PROMPTS, seed: int = 0) -> list[np.ndarray]:
+    """One prompt a row."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, LLAMA.vocab_size, n).astype(np.int32) for n in rows]
+
+
+@dataclasses.dataclass
+class Played:
+    """What a cache gave: logits and tokens in the order they came, and the cache."""
+
+    logits: list[np.ndarray]
+    tokens: list[np.ndarray]
+    cache: Cache
+
+
+def prefill(model: Model, cache: Cache, rows: list[np.ndarray], chunks: tuple[int, ...]) -> tuple[np.ndarray, Cache]:
+    """Feeds ragged rows chunk by chunk; logits after each row's last token."""
+    last, at = np.zeros((len(rows), model.config.vocab_size), np.float32), 0
+    for size in chunks:
+        valid = np.array([np.clip(len(row) - at, 0, size) for row in rows], np.int32)
+        tokens = np.stack([np.pad(row[at : at + size], (0, size - n)) for row, n in zip(rows, valid, strict=True)])
+        logits, cache = kvjax.prefill(model, cache, tokens, valid)
+        last, at = np.where(valid[:, None] > 0, logits, last), at + size
+    return last, cache
+
+
+def play(
+    model: Model, cache: Cache, rows: list[np.ndarray], chunks: tuple[int, ...] = CHUNKS, *, full: bool = True
+) -> Played:
+    """Prefill and decode; in full also: go back two tokens and feed them again, swap the rows, grow, decode again."""
+    logits, cache = prefill(model, cache, rows, chunks)
+    seen = [logits]
+    if full:
+        logits, cache = prefill(model, go_back(cache, BACK), [row[-BACK:] for row in rows], (BACK,))
+        seen.append(logits)
+    tokens, after, cache = kvjax.decode(model, cache, jnp.asarray(logits), steps=STEPS)
+    out = [np.asarray(tokens)]
+    seen.append(np.asarray(after))
+    if full:
+        order = jnp.arange(cache.batch)[::-1]
+        cache = swap_and_grow(cache, order, capacity=cache.capacity + 16)
+        tokens, last, cache = kvjax.decode(model, cache, after[order], steps=STEPS)
+        out.append(np.asarray(tokens))
+        seen.append(np.asarray(last))
+    return Played(seen, out, cache.check())
+
+
+@jax.jit
+def go_back(cache: Cache, tokens: int) -> Cache:
+    """Rewound by some tokens."""
+    return cache.rewind(cache.lengths - tokens)
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def swap_and_grow(cache: Cache, order: Array, capacity: int) -> Cache:
+    """Other rows, more room."""
+    return cache.take(order).resize(capacity)
+
+
+def compare(got: Played, want: Played) -> float:
+    """Largest difference of logits over the largest logit; 1 when tokens differ."""
+    if any((a != b).any() for a, b in zip(got.tokens, want.tokens, strict=True)):
+        return 1.0
+    return max(gap(a, b) for a, b in zip(got.logits, want.logits, strict=True))
+
+
+def gap(got: Any, want: Any) -> float:
+    """`max|got - want| / max|want|`; 1 for NaN."""
+    got, want = np.asarray(got), np.asarray(want)
+    return 1.0 if np.isnan(got).any() else float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def fresh(model: Model, plan: Any, batch: int = len(PROMPTS), capacity: int = CAPACITY) -> Cache:
+    """An empty cache."""
+    return kvjax.init_cache(model, plan, batch=batch, capacity=capacity)
+
+
+def one_by_one(rows: list[np.ndarray]) -> tuple[int, ...]:
+    """Chunks of one token."""
+    return (1,) * max(len(row) for row in rows)
+
+
+# ---------------------------------------------------------------- 1. ring × int8, chunks longer than the window
+
+
+class FloatChunk(kinds.Int8Store):
+    """Broken: a chunk that is read before it is kept is read in full precision."""
+
+    def fresh(self, x: Array, positions: Array) -> Any:
+        return (codecs.Segment(storage.pack(x), None, positions),)
+
+
+FloatChunk = kinds.struct.node(FloatChunk)
+
+
+def ring_int8(broken: bool, full: bool = True) -> dict[str, float]:
+    """A ring of int8 in chunks against a dense int8 cache with a window, fed token by token."""
+    m, rows = model(LOCAL), prompts()
+    store = kinds.Int8(FloatChunk if broken else kinds.Int8Store)
+    got = play(m, fresh(m, caches.ring(WINDOW, slack=3, store=store)), rows, full=full)
+    want = play(m, fresh(m, caches.dense(store=kinds.Int8())), rows, one_by_one(rows), full=full)
+    held = np.asarray(got.cache.positions(0))  # first layer: its input knows no cache
+    b, t = np.nonzero(held != EMPTY)
+    codes = [storage.unpack(c.layers[0].k.codes, 2, 1) for c in (got.cache, want.cache)]
+    differ = np.asarray(codes[0])[b, :, t] != np.asarray(codes[1])[b, :, held[b, t]]
+    return {"logits": compare(got, want), "codes of the first layer": float(differ.mean())}
+
+
+# ---------------------------------------------------------------- 2. absorbed layer input, absorbed cross-attention
+
+
+class NoFactor(kinds.LayerInput):
+    """Broken: the norm's factor of each position is left out."""
+
+    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> Any:
+        views, node = super().extend(h, project, span, shared)
+        return tuple(view.replace(k_scale=None, v_scale=None) for view in views), node
+
+
+NoFactor = kinds.struct.node(NoFactor)
+
+
+def layer_input(broken: bool, full: bool = True) -> dict[str, float]:
+    """Layer inputs with the norm folded into the maps against dense, RMSNorm and LayerNorm with biases."""
+    out = {}
+    for name, config in (("layer norm and biases", GPT2), ("rms norm", PLAIN))[: 2 if full else 1]:
+        m, rows = model(config), prompts()
+        m = m.replace(config=dataclasses.replace(config, max_positions=None))
+        plan = kinds.LayerInputKind(NoFactor if broken else kinds.LayerInput)
+        out[name] = compare(*(play(m, fresh(m, kind), rows, full=full) for kind in (plan, caches.dense())))
+    return out
+
+
+def apply_translator(
+    params: Params, config: Config, cache: OpenCache, tokens: Array, valid: Array, absorbed: bool = True
+) -> tuple[Array, OpenCache]:
+    """A decoder with cross-attention: layer i attends to the text at node i and to the source at node L + i."""
+    x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")
+    rotation, (h, k, d) = Rotation.at(config, cache.positions, x.dtype), (config.query_heads, 2, config.head_dim)
+    for i in range(config.num_layers):
+        own, cross = params["layers"][str(i)], params["cross"][str(i)]
+        y, cache = self_attention(own, config, x, cache, i, rotation)
+        x = x + y
+        q = linear(cross["q"], config.norm(cross["norm"], x)).reshape(*x.shape[:2], h, d)
+        maps = cross["kv"]["kernel"].reshape(-1, 2, k, d)  # [E, keys and values, K, D]
+        if absorbed:
+            absorb = Absorb(maps[:, 0].transpose(1, 2, 0), maps[:, 1].transpose(1, 0, 2))
+            project = Project(kv=_no_kv, rotate=_still, absorb=lambda _, absorb=absorb: (absorb, None))
+            y, cache = cache.attend(config.num_layers + i, q, project, None, kv_heads=k)
+        else:  # the reference: keys and values of the whole source for every row, no cache and no view
+            source = cache.shared["source"]
+            text = jnp.repeat(storage.unpack(source.x.data, 1, 1)[:, 0], x.shape[0] // source.lengths.shape[0], axis=0)
+            lengths = jnp.repeat(source.lengths, x.shape[0] // source.lengths.shape[0])
+            keys, values = (jnp.repeat(jnp.einsum("bte,ekd->btkd", text, maps[:, n]), h // k, axis=2) for n in (0, 1))
+            scores = jnp.einsum("bshd,bthd->bhst", q, keys) * d**-0.5
+            there = jnp.arange(text.shape[1])[None, :] < lengths[:, None]
+            weights = jax.nn.softmax(jnp.where(there[:, None, None, :], scores, -jnp.inf), axis=-1)
+            y = jnp.einsum("bhst,bthd->bshd", weights, values)
+        x = x + linear(cross["out"], y.reshape(*x.shape[:2], h * d))
+        x = x + feed_forward(own["ffn"], config, config.norm(own["ffn_norm"], x))
+    return config.norm(params["final_norm"], x), cache
+
+
+def apply_plain_translator(params: Params, config: Config, cache: OpenCache, tokens: Array, valid: Array) -> Any:
+    """The same with cross-attention written out."""
+    return apply_translator(params, config, cache, tokens, valid, absorbed=False)
+
+
+def _no_kv(h: Any, positions: Array | None) -> Any:
+    raise AssertionError("absorbed cross-attention makes no keys and values")
+
+
+def _still(x: Array, positions: Array) -> Array:
+    return x
+
+
+class WholeSource(kinds.Source):
+    """Broken: padding of a shorter source is seen."""
+
+    def positions(self) -> Array:
+        return jnp.zeros_like(super().positions())
+
+
+WholeSource = kinds.struct.node(WholeSource)
+
+
+def cross(broken: bool, full: bool = True) -> dict[str, float]:
+    """One encoder output for all layers, two beams a source, against plain cross-attention."""
+    base, rows, e, share = model(LLAMA), prompts((23, 17, 9, 20)), 24, 2
+    keys = iter(jax.random.split(jax.random.key(7), 64))
+    weight = lambda *shape: {"kernel": 0.25 * jax.random.normal(next(keys), shape)}  # noqa: E731
+    params = base.params | {
+        "cross": {
+            str(i): {"norm": {"scale": jnp.ones(32)}, "q": weight(32, 32), "kv": weight(e, 32), "out": weight(32, 32)}
+            for i in range(2)
+        }
+    }
+    lengths, slots = jnp.array([11, 6], jnp.int32), 12
+    text = jax.random.normal(next(keys), (2, slots, 1, e))
+    store = codecs.plain().empty(2, 1, slots, e, jnp.float32)
+    at = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None, :], (2, slots))
+    source = (WholeSource if broken else kinds.Source)(store.write(text, at, at), lengths, share)
+    out = {}
+    played = []
+    for apply in (apply_translator, apply_plain_translator):
+        m = Model(params, LLAMA, apply, decoder_head)
+        cache = fresh(m, caches.dense(), batch=4)
+        cache = cache.replace(layers=(*cache.layers, *(kinds.AbsorbedCross(),) * 2), shared={"source": source})
+        played.append(play(m, cache, rows, full=full))
+        # beams of one source change places: the source stays where it is
+        logits, moved = prefill(m, cache, rows, CHUNKS)
+        there = moved.shared["source"]
+        moved = moved.reorder([1, 0, 3, 3])
+        assert moved.shared["source"] is there
+        played.append(kvjax.decode(m, moved, jnp.asarray(logits)[jnp.array([1, 0, 3, 3])], steps=5)[1])
+    out["logits"] = compare(played[0], played[2])
+    out["after reorder"] = gap(played[1], played[3])
+    return out
+
+
+# ---------------------------------------------------------------- 3. paged
+
+
+class Unordered(kinds.Pages):
+    """Broken: a page's place in its row is taken to be its place in the pool."""
+
+    def held(self, end: Array) -> Array:
+        turned = self.replace(index=jnp.arange(self.index.shape[0], dtype=jnp.int32) % self.table.shape[1])
+        return kinds.Pages.held(turned, end)
+
+
+Unordered = kinds.struct.node(Unordered)
+
+
+def with_pages(cache: Cache, broken: bool) -> Cache:
+    """The cache, or one whose table is broken."""
+    pages = cache.shared["pages"]
+    wrong = Unordered(pages.table, pages.owner, pages.index, pages.page)
+    return cache.replace(shared={"pages": wrong}) if broken else cache
+
+
+def paged(broken: bool, full: bool = True) -> dict[str, float]:
+    """Pages of 4, fewer of them than rows × capacity, plain and int8, against dense; and a pool that runs out."""
+    m, rows, out = model(LLAMA), prompts((23, 17, 5)), {}
+    for name, store in (("plain", codecs.plain()), ("int8", kinds.Int8()))[: 2 if full else 1]:
+        cache = with_pages(fresh(m, kinds.PagedKind(4, 22, store), batch=3), broken)  # of 3 × 12
+        chunks = CHUNKS if name == "plain" else one_by_one(rows)
+        whole = fresh(m, caches.dense(store=store), batch=3)
+        out[name] = compare(*(play(m, c, rows, chunks, full=full) for c in (cache, whole)))
+    # 23, 17 and 5 tokens need 6 + 5 + 2 pages; of 13 none is left when rows 0 and 2 cross into another
+    got, want = (
+        prefill(m, fresh(m, plan, batch=3), rows, CHUNKS) for plan in (kinds.PagedKind(4, 13), caches.dense())
+    )
+    tokens, _, dense = kvjax.decode(m, want[1], jnp.asarray(want[0]), steps=3)
+    fed, last, pool = kvjax.decode(m, got[1], jnp.asarray(got[0]), steps=3)
+    flags, lengths = np.asarray(pool.flags), np.asarray(pool.lengths)
+    assert (flags == [PAGES, 0, 0]).all() and (lengths == [24, 20, 8]).all(), (flags, lengths)
+    assert np.isnan(np.asarray(last)[0]).all() and (np.asarray(fed)[1:] == np.asarray(tokens)[1:]).all()
+    out["rows beside an exhausted one"] = gap(last[1:], kvjax.decode(m, want[1], jnp.asarray(want[0]), steps=3)[1][1:])
+    return out
+
+
+# ---------------------------------------------------------------- 4. sinks with positions inside the cache
+
+
+def naive_sinks(m: Model, tokens: np.ndarray, window: int, sinks: int) -> np.ndarray:
+    """Logits `[N, V]` of one row, from nothing but the tokens: every score with its own two positions."""
+    c, n = m.config, len(tokens)
+    x = m.params["embed"]["table"][tokens][None]
+    q_at, k_at = np.arange(n)[:, None], np.arange(n)[None, :]
+    in_cache = np.where(k_at < sinks, np.minimum(q_at, sinks + window - 1), q_at)  # [N, N], where the query stands
+    seen = (k_at <= q_at) & ((q_at - k_at < window) | (k_at < sinks))
+    for i in range(c.num_layers):
+        layer = m.params["layers"][str(i)]
+        qkv = linear(layer["attn"]["qkv"], c.norm(layer["attn_norm"], x)).reshape(1, n, -1, c.head_dim)
+        q, k, v = jnp.split(qkv[0], [c.query_heads, c.query_heads + c.kv_heads], axis=1)
+        k, v = (jnp.repeat(y, c.query_heads // c.kv_heads, axis=1) for y in (k, v))
+        turn = lambda y, at: c.positions.rotate(y, c.positions.tables(jnp.asarray(at), c.head_dim, jnp.float32))  # noqa: E731
+        k = turn(k[None], np.arange(n)[None])[0]
+        q = turn(jnp.repeat(q[:, None], n, axis=1), in_cache)  # [N, N, H, D], turned for each key
+        scores = jnp.einsum("sthd,thd->hst", q, k) * c.head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(seen[None], scores, -jnp.inf), axis=-1)
+        y = jnp.einsum("hst,thd->shd", weights, v).reshape(1, n, -1)
+        x = x + linear(layer["attn"]["out"], y)
+        x = x + feed_forward(layer["ffn"], c, c.norm(layer["ffn_norm"], x))
+    return np.asarray(decoder_head(m.params, c, c.norm(m.params["final_norm"], x))[0])
+
+
+class TextPositions(kinds.SinksInCache):
+    """Broken: sinks are read at their positions in the text."""
+
+    def in_cache(self, positions: Array) -> Array:
+        return positions
+
+
+TextPositions = kinds.struct.node(TextPositions)
+
+
+def sinks(broken: bool, full: bool = True) -> dict[str, float]:
+    """Against every score computed on its own."""
+    m, rows = model(LLAMA), prompts()
+    cache = fresh(m, kinds.SinksKind(WINDOW, 3, node=TextPositions if broken else kinds.SinksInCache))
+    logits, cache = prefill(m, cache, rows, CHUNKS)
+    tokens, last, _ = kvjax.decode(m, cache, jnp.asarray(logits), steps=9)
+    out = {"prompt": 0.0, "decode": 0.0}
+    for row, prompt in enumerate(rows):
+        want = naive_sinks(m, np.concatenate([prompt, np.asarray(tokens)[row]]), WINDOW, 3)
+        out["prompt"] = max(out["prompt"], gap(logits[row], want[len(prompt) - 1]))
+        greedy = want[len(prompt) - 1 : -1].argmax(axis=1)
+        out["decode"] = max(out["decode"], gap(last[row], want[-1]), float((greedy != np.asarray(tokens)[row]).any()))
+    return out
+
+
+# ---------------------------------------------------------------- 5. keys stored un-rotated
+
+
+class NotTurned(kinds.Unrotated):
+    """Broken: keys are read as they are kept."""
+
+    def turned(self, keys: Array, positions: Array, project: Project) -> Array:
+        return keys
+
+
+NotTurned = kinds.struct.node(NotTurned)
+
+
+def unrotated(broken: bool, full: bool = True) -> dict[str, float]:
+    """Against dense, whose keys are turned once."""
+    m = model(LLAMA)
+    plan = kinds.UnrotatedKind(NotTurned if broken else kinds.Unrotated)
+    out = {}
+    for name, rows in (("two rows", prompts()), ("one row", prompts((23,))))[: 2 if full else 1]:
+        played = (play(m, fresh(m, kind, len(rows)), rows, full=full) for kind in (plan, caches.dense()))
+        out[name] = compare(*played)
+    return out
+
+
+# ---------------------------------------------------------------- 6. shared prefix
+
+
+class FromZero(kinds.SharedPrefix):
+    """Broken: the suffix counts from 0."""
+
+    def after(self, positions: Array, length: Array) -> Array:
+        return positions
+
+
+FromZero = kinds.struct.node(FromZero)
+
+
+def shared_prefix(broken: bool, full: bool = True) -> dict[str, float]:
+    """One prefix of 10 for three rows, the suffix dense, in a ring or paged, against dense of the whole."""
+    rows, (prefix,) = prompts((13, 7, 11)), prompts((10,), seed=1)
+    node, out = FromZero if broken else kinds.SharedPrefix, {}
+    for name, own in (("paged suffix", kinds.PagedKind(4, 25)), ("dense suffix", caches.dense()))[: 2 if full else 1]:
+        m = model(LLAMA)
+        _, one = prefill(m, fresh(m, caches.dense(), 1, 10), [prefix], (6, 4))
+        cache = kinds.join(one, fresh(m, kinds.SharedPrefixKind(12, own, node), 3))
+        _, whole = prefill(m, fresh(m, caches.dense(), 3), [prefix] * 3, (10,))
+        out[name] = compare(*(play(m, c, rows, (9, 4), full=full) for c in (cache, whole)))
+    return out
+
+
+# ---------------------------------------------------------------- 7. tree drafts
+
+PARENTS = (-1, -1, 0, 1, 2, 1)
+PATHS = ((0, 2, 4), (1, 5))
+
+
+def tree_of(broken: bool) -> Tree:
+    """The tree of `PARENTS`; broken: every token sees all that were fed before it."""
+    size = len(PARENTS)
+    depths, seen = np.zeros((1, size), np.int32), np.eye(size, dtype=bool)
+    for i, parent in enumerate(PARENTS):
+        if parent >= 0:
+            depths[0, i] = depths[0, parent] + 1
+            seen[i] |= seen[parent]
+    return Tree(jnp.asarray(depths), jnp.asarray(np.tri(size, dtype=bool) if broken else seen)[None])
+
+
+@jax.jit
+def feed_tree(m: Model, cache: Cache, tokens: Array, tree: Tree) -> tuple[Array, Cache]:
+    """Logits `[B, S, V]` of every token of a tree, and the cache that holds them all."""
+    valid = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
+    x, cache = feed(m, cache, tokens, valid, tree)
+    return finish(m, cache, x, tokens, valid)
+
+
+def tree(broken: bool, full: bool = True) -> dict[str, float]:
+    """Every token of a tree against its branch fed alone; then one path a row is kept, and decoding goes on."""
+    plans = {
+        "paged": (LLAMA, kinds.PagedKind(4, 22)),
+        "ring": (LOCAL, caches.ring(WINDOW, slack=8)),
+        "dense": (LLAMA, caches.dense()),
+        "recompute": (LLAMA, caches.recompute()),
+        "un-rotated keys": (LLAMA, kinds.UnrotatedKind()),
+        "layer input": (PLAIN, kinds.LayerInputKind()),
+    }
+    rows, out = prompts(), {}
+    drafts = np.random.default_rng(5).integers(0, 61, (2, len(PARENTS))).astype(np.int32)
+    for name, (config, plan) in list(plans.items())[: None if full else 3]:
+        m = model(config)
+        _, cache = prefill(m, fresh(m, plan), rows, CHUNKS)
+        lengths = cache.lengths
+        logits, fed = feed_tree(m, cache, jnp.asarray(drafts), tree_of(broken))
+        _, plain = prefill(m, fresh(m, caches.dense()), rows, CHUNKS)
+        for path in ((0,), (1,), (0, 2), (1, 3), *PATHS):
+            want, branch = kvjax.prefill(m, plain, drafts[:, path])
+            out[name] = max(out.get(name, 0.0), gap(logits[:, path[-1]], want))
+        counts = np.array([len(path) for path in PATHS], np.int32)
+        path = np.stack([np.pad(path, (0, 3 - len(path))) for path in PATHS])
+        kept = fed.keep(lengths, path, counts)
+        alone = np.take_along_axis(drafts, path, axis=1)
+        want, branch = kvjax.prefill(m, plain, alone, counts)
+        got = logits[jnp.arange(2), path[jnp.arange(2), counts - 1]]
+        a, b = (kvjax.decode(m, c, x, steps=6) for c, x in ((kept, got), (branch, want)))
+        out[f"{name}, path kept"] = max(gap(a[1], b[1]), float((np.asarray(a[0]) != np.asarray(b[0])).any()))
+    return out
+
+
+CASES: dict[str, Callable[..., dict[str, float]]] = {
+    "ring of int8, chunks longer than the window": ring_int8,
+    "absorbed layer input": layer_input,
+    "absorbed cross-attention": cross,
+    "paged, one table": paged,
+    "sinks with positions in the cache": sinks,
+    "keys stored un-rotated": unrotated,
+    "shared prefix and suffix": shared_prefix,
+    "tree drafts": tree,
+}

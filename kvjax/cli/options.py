@@ -1,0 +1,148 @@
+"""The arguments of every subcommand, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NoReturn
+
+import kvjax
+from kvjax import caches
+from kvjax.cli import describe_model, write_text
+from kvjax.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+TOP = """examples:
+  kvjax generate "ROMEO:"                      text from the bundled model
+  kvjax generate --help                        everything else that it takes
+  kvjax info shakespeare                       what a model is, and what its caches cost
+
+exit codes: 0, 1 for an error, 2 for wrong usage, 130 when interrupted
+Compiled programs are kept in the user's cache folder; KVJAX_COMPILE_CACHE=off keeps none, a path
+moves them, and JAX_COMPILATION_CACHE_DIR is respected.
+"""
+
+GENERATE = """examples:
+  kvjax generate "ROMEO:"
+  kvjax generate "ROMEO:" --temperature 0 --max-new-tokens 200       greedy
+  kvjax generate "Once" --model ./stories260K --seed 7 --top-p 0.9   a Hugging Face folder
+  kvjax generate "ROMEO:" --cache 'ring(128, sinks=4)'               memory that does not grow
+  kvjax generate --prompt-file scene.txt --json                      one JSON object
+  cat scene.txt | kvjax generate -                                   the prompt from standard input
+
+The text after the prompt goes to standard output as it is made, then one line of figures to
+standard error. A prompt is taken exactly, its last line break included; without one the model
+begins a text of its own.
+"""
+
+INFO = """examples:
+  kvjax info shakespeare
+  kvjax info ./stories260K --dtype bfloat16
+  kvjax info shakespeare --json
+
+Reads config.json and the headers of the weights, not the weights. Bytes are of one row.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and leaves the examples as they are written."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with exit code 2."""
+        self.exit(2, f"kvjax: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; `args.run` is the function to call with what it gives."""
+    about = "Transformer decoding in JAX where the KV cache is a value."
+    parser = Parser(prog="kvjax", epilog=TOP, description=about)
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    generate = commands.add_parser("generate", epilog=GENERATE, help="continue a prompt")
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help="text to continue; - reads standard input")
+    _model(generate, "--model")
+    add = generate.add_argument
+    add("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    add("--max-new-tokens", type=_whole(0), default=128, metavar="N", help="how many at most (default 128)")
+    add("--temperature", type=_real(0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
+    add("--top-k", type=_whole(0), default=0, metavar="K", help="only the K most probable (default 0: all)")
+    add("--top-p", type=_real(0, 1), default=1.0, metavar="P", help="only the most probable up to P (default 1: all)")
+    add("--seed", type=_whole(0, 0xFFFFFFFF), default=0, metavar="S", help="the same seed, the same text (default 0)")
+    _dtype(generate)
+    add("--cache", type=_cache, metavar="KIND", help=f"{_kinds()}; default: what suits the model")
+    add("--json", action="store_true", help="one JSON object instead of text and figures")
+    _common(generate, write_text.run)
+
+    info = commands.add_parser("info", epilog=INFO, help="what a model is, and what its caches cost")
+    _model(info, "model")
+    _dtype(info)
+    info.add_argument("--json", action="store_true", help="one JSON object")
+    _common(info, describe_model.run)
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser, name: str) -> None:
+    where = "bundled name, Hugging Face folder, or hub id (default shakespeare)"
+    positional: dict[str, Any] = {} if name.startswith("-") else {"nargs": "?"}
+    parser.add_argument(name, default="shakespeare", metavar="MODEL", help=where, **positional)
+
+
+def _dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="of parameters and cache (default: float32 on a CPU)")
+
+
+def _common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    parser.add_argument("--no-compile-cache", dest="compile_cache", action="store_false", help="keep nothing compiled")
+    parser.add_argument("--debug", action="store_true", help="a traceback with every error")
+    parser.set_defaults(run=run)
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    return _number(int, "a whole number", least, most)
+
+
+def _real(least: float, most: float | None = None) -> Callable[[str], float]:
+    return _number(float, "a number", least, most)
+
+
+def _number(kind: Callable[[str], Any], what: str, least: float, most: float | None) -> Callable[[str], Any]:
+    bounds = f"{what} of {least} or more" if most is None else f"{what} from {least} to {most}"
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {bounds}")
+        return value
+
+    return read
+
+
+def _cache(text: str) -> Any:
+    try:
+        return caches.parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _kinds() -> str:
+    return "kind of cache as in Python, 'ring(1024, sinks=4)'; kinds: " + ", ".join(k.__name__ for k in caches.KINDS)
+
+
+def _version() -> str:
+    jax, flax = (metadata.version(name) for name in ("jax", "flax"))
+    return f"kvjax {kvjax.__version__} (jax {jax}, flax {flax}, Python {platform.python_version()}, {sys.platform})"
+
+
+__all__ = ["build_parser"]

@@ -1,0 +1,86 @@
+"""`python -m kvjax.train lm | eval`: train the small language model, or measure a trained one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from kvjax.errors import KvjaxError
+
+EXAMPLES = """examples:
+  python -m kvjax.train lm --text tinyshakespeare.txt --out runs/shakespeare
+      trains the bundled model (about an hour on one core) into runs/shakespeare/model; after an
+      interrupt the same command goes on from the checkpoint
+  python -m kvjax.train lm --text my.txt --out runs/my --steps 500 --width 96 --layers 4
+      a smaller one, on another text
+  python -m kvjax.train eval --text tinyshakespeare.txt
+      nats per character of the bundled model on the text's last 111,540 characters
+  python -m kvjax.train eval runs/my/model --text my.txt
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    from kvjax.train.lm import Settings
+
+    parser = argparse.ArgumentParser(
+        prog="python -m kvjax.train",
+        description="Train the bundled language model, or measure it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    style: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    train = commands.add_parser("lm", help="train a small Llama on a text", **style)
+    train.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    train.add_argument("--out", type=Path, required=True, help="directory of the checkpoint and of model/")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    for field in dataclasses.fields(Settings):
+        option = "--" + field.name.replace("_", "-")
+        train.add_argument(option, type=type(field.default), default=field.default, help=f"default {field.default}")
+    measure = commands.add_parser("eval", help="nats per character on the end of a text", **style)
+    measure.add_argument("model", nargs="?", default="shakespeare", help="bundled name or directory (shakespeare)")
+    measure.add_argument("--text", type=Path, required=True, help="the text that the model was trained on")
+    measure.add_argument("--any-text", action="store_true", help="do not insist on the text of the model card")
+    measure.add_argument(
+        "--record", action="store_true", help="write the loss into the package's record and model card"
+    )
+    return parser
+
+
+def _lm(args: argparse.Namespace) -> None:
+    from kvjax.train import loop
+    from kvjax.train.lm import Settings
+
+    settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    progress = loop.train(args.text, args.out, settings, quiet=args.quiet)
+    print(f"held-out {progress.best_loss:.4f} nats per character at step {progress.best_step}: {args.out / 'model'}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from kvjax.train.measure import measure, record_test_loss
+
+    found = measure(args.model, args.text, any_text=args.any_text)
+    if args.record:
+        record_test_loss(args.model, found)
+    print(f"{found.loss:.4f} nats per character ({found.chars:,} characters, {found.tokens:,} tokens)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; 0 on success, 1 on an error (one line on stderr), 130 on an interrupt."""
+    args = _parser().parse_args(argv)
+    try:
+        {"lm": _lm, "eval": _eval}[args.command](args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the checkpoint", file=sys.stderr)
+        return 130
+    except (KvjaxError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

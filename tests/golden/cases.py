@@ -1,0 +1,206 @@
+"""The tiny models that parity is proved on: their config.json, and weights made from a seed, with or without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Any
+
+import numpy as np
+
+VOCAB = 128
+RANDOM = 64  # random tokens, teacher-forced
+PROMPT = 8  # of them, the greedy run's prompt
+STEPS = 64  # greedy
+RAGGED = (5, 23, 40)  # lengths of the rows of the ragged batch
+SEEDS = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One variant of a family.
+
+    Args:
+        name: of its golden file.
+        config: config.json as a hub file would have it.
+        gain: deviation of a matrix's entries, times sqrt(inputs); high enough that greedy text does not loop.
+    """
+
+    name: str
+    config: dict[str, Any]
+    gain: float = 1.25
+
+
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+_QWEN2 = {**_LLAMA, "model_type": "qwen2", "rms_norm_eps": 1e-6}
+_QWEN3 = {**_LLAMA, "model_type": "qwen3", "rms_norm_eps": 1e-6, "head_dim": 12}
+_GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCAB,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 96,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+# Original lengths of 16 to 32 lie inside the tested one, so that text crosses them.
+CASES = (
+    Case("gpt2", {**_GPT2}, gain=2.0),
+    Case(
+        "gpt2_untied_inner",
+        {
+            **_GPT2,
+            "n_layer": 3,
+            "n_inner": 100,
+            "activation_function": "gelu",
+            "tie_word_embeddings": False,
+            "layer_norm_epsilon": 1e-3,
+        },
+        gain=1.75,
+    ),
+    Case(
+        "llama_tied_theta",
+        {**_LLAMA, "tie_word_embeddings": True, "rope_theta": 500.0, "num_hidden_layers": 3},
+        gain=1.4,
+    ),
+    Case("llama_bias_wide_heads", {**_LLAMA, "attention_bias": True, "mlp_bias": True, "head_dim": 16}, gain=1.5),
+    Case("llama_linear", {**_LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    Case(
+        "llama_llama3",
+        {
+            **_LLAMA,
+            "rope_theta": 10000.0,
+            "head_dim": 16,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    Case(
+        "llama_yarn",
+        {
+            **_LLAMA,
+            "head_dim": 16,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 8,
+                "beta_slow": 1,
+            },
+        },
+    ),
+    Case(
+        "qwen2_yarn_parameters",
+        {
+            **_QWEN2,
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 24,
+                "beta_fast": 2,
+                "beta_slow": 0.25,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "truncate": False,
+            },
+        },
+        gain=1.3,
+    ),
+    Case(
+        "mistral_window",
+        {
+            **_LLAMA,
+            "model_type": "mistral",
+            "sliding_window": 10,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+        },
+    ),
+    Case("mistral_no_window", {**_LLAMA, "model_type": "mistral", "sliding_window": None, "rope_theta": 1e6}),
+    Case(
+        "qwen2_windows",
+        {**_QWEN2, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    Case(
+        "qwen3_tied_windows",
+        {
+            **_QWEN3,
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        gain=2.25,
+    ),
+    Case(
+        "qwen3_bias_linear",
+        {
+            **_QWEN3,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
+        },
+        gain=1.75,
+    ),
+)
+
+
+def weights(shapes: dict[str, tuple[int, ...]], seed: int, gain: float) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint from its name and a seed.
+
+    From the raw words of the bit generator, which NumPy promises to keep, unlike the distributions on top of them.
+
+    Args:
+        shapes: by the checkpoint's own names.
+        seed: which model.
+        gain: of matrices, see `Case`.
+
+    Returns:
+        float32 arrays.
+    """
+    made = {}
+    for name, shape in sorted(shapes.items()):
+        words = np.random.PCG64([seed, zlib.crc32(name.encode())]).random_raw(math.prod(shape))
+        uniform = ((words >> np.uint64(40)).astype(np.float64) / 2**23 - 1).reshape(shape) * math.sqrt(3)  # deviation 1
+        if len(shape) == 1:
+            made[name] = (0.2 * uniform + (0 if name.endswith("bias") else 1)).astype(np.float32)
+        elif "emb" in name or name.endswith(("wte.weight", "wpe.weight")):
+            made[name] = (0.15 * uniform).astype(np.float32)
+        else:
+            inputs = shape[0] if ".c_" in name else shape[1]  # GPT-2 stores [inputs, outputs]
+            made[name] = (gain / math.sqrt(inputs) * uniform).astype(np.float32)
+    return made
+
+
+def tokens(seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """`RANDOM` random tokens, and the rows of the ragged batch."""
+    words = np.random.PCG64([seed, 1]).random_raw(RANDOM + sum(RAGGED)) % np.uint64(VOCAB)
+    ids = words.astype(np.int32)
+    return ids[:RANDOM], np.split(ids[RANDOM:], np.cumsum(RAGGED)[:-1])
+
+
+__all__ = ["CASES", "Case", "weights", "tokens", "VOCAB", "RANDOM", "PROMPT", "STEPS", "RAGGED", "SEEDS"]

@@ -1,0 +1,92 @@
+"""The kinds that the promises are tested on. A new kind: its name in `caches.KINDS`, and a line here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from models import FULL, MIXED, WINDOW, WINDOWED, tiny
+
+from kvjax import caches
+from kvjax.caches import plans
+from kvjax.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A plan, a model that it is exact on, and the reference that it must equal.
+
+    Args:
+        name: for people.
+        plan: under test.
+        config: of the model.
+        reference: computes the same from scratch.
+        keeps: whether there are keys and values to look at.
+        slack: tokens that a row can be rewound; None is any number.
+        full: runs in the full suite only.
+    """
+
+    name: str
+    plan: Any
+    config: Config = MIXED
+    reference: Any = caches.recompute()
+    keeps: bool = True
+    slack: int | None = None
+    full: bool = False
+
+    @property
+    def model(self):
+        return tiny(self.config)
+
+
+W = WINDOW
+SINKS = {"window": W, "sinks": 2}
+TABLE = {
+    caches.dense: (
+        Case("dense", caches.dense()),
+        Case("dense everywhere full", caches.dense(), FULL, full=True),
+    ),
+    caches.ring: (
+        Case("ring", (caches.ring(W, slack=4), caches.dense()), slack=4),
+        Case(
+            "sinks",
+            (caches.ring(W, slack=4), caches.ring(W, sinks=2, slack=3)),
+            reference=(caches.recompute(), caches.recompute(**SINKS)),
+            slack=3,
+        ),
+        Case("ring everywhere", caches.ring(W, slack=2), WINDOWED, slack=2, full=True),
+        Case("ring without slack", caches.ring(W), WINDOWED, slack=0, full=True),
+        Case("ring wider than the window", caches.ring(W + 3, slack=1), WINDOWED, slack=1, full=True),
+        Case("sinks everywhere", caches.ring(slack=1, **SINKS), FULL, caches.recompute(**SINKS), slack=1, full=True),
+        Case("default plan", caches.default(MIXED), slack=plans.SLACK, full=True),
+    ),
+    caches.recompute: (
+        Case("recompute", caches.recompute(), keeps=False),
+        Case("recompute beside dense", (caches.dense(), caches.recompute()), keeps=False, full=True),
+    ),
+}
+
+
+def cases() -> list[Case]:
+    """All cases of every kind."""
+    missing = [kind.__name__ for kind in caches.KINDS if kind not in TABLE]
+    assert not missing, f"tests/kinds.py has no case for {missing}"
+    return [case for kind in caches.KINDS for case in TABLE[kind]]
+
+
+def each(only=lambda case: True):
+    """Runs a test on every case, on some of them in the full suite only."""
+    marks = {True: (pytest.mark.full,), False: ()}
+    params = [
+        pytest.param(case, marks=marks[case.full], id=case.name.replace(",", "").replace(" ", "-"))
+        for case in cases()
+        if only(case)
+    ]
+    return pytest.mark.parametrize("case", params)
+
+
+def first_of_each():
+    """Runs a test on one case a kind."""
+    cases()
+    return pytest.mark.parametrize("case", [TABLE[kind][0] for kind in caches.KINDS], ids=lambda case: case.name)

@@ -1,0 +1,50 @@
+"""Tiny models that the tests share, so that they share compiled programs as well."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvjax
+from kvjax import sampling
+from kvjax.config import Config
+
+VOCAB = 96
+WINDOW = 6
+BATCH = 3
+CAPACITY = 96
+PROMPTS = np.array([16, 7, 1], np.int32)
+"""Lengths of a ragged batch of prompts: a whole bucket, a part of one, a single token."""
+
+FULL = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False)
+WINDOWED = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False, windows=(WINDOW,) * 2)
+MIXED = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False, windows=(WINDOW, None))
+ONE_LAYER = dataclasses.replace(FULL, num_layers=1, windows=())
+ONE_LAYER_WINDOWED = dataclasses.replace(FULL, num_layers=1, windows=(WINDOW,))
+
+
+@functools.cache
+def tiny(config: Config = FULL, seed: int = 0, dtype=jnp.float32) -> kvjax.Model:
+    """A random decoder. Its weights are 20 times larger than at initialisation: otherwise it repeats a few tokens."""
+    params = kvjax.init_params(config, jax.random.key(seed), dtype)
+    return kvjax.decoder(config, jax.tree.map(lambda x: x * 20 if x.ndim > 1 else x, params))
+
+
+def prompt_ids(seed: int = 0, batch: int = BATCH, length: int = 16, vocab: int = VOCAB) -> np.ndarray:
+    """`[batch, length]` int32."""
+    return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
+
+
+SAMPLER = sampling.chain(sampling.temperature(0.9))
+STEPS = 12
+"""What `decode` runs with where a test has no reason for another."""
+
+
+def filled(model, plan, *, seed: int = 0, valid=PROMPTS, capacity: int = CAPACITY):
+    """Logits and a cache after a ragged prefill."""
+    ids = prompt_ids(seed, len(valid))
+    return kvjax.prefill(model, kvjax.init_cache(model, plan, batch=len(valid), capacity=capacity), ids, valid)

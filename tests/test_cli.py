@@ -1,0 +1,326 @@
+"""The command line: what it prints, what it refuses and how, and what it leaves in the user's folders."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tokenizers
+from safetensors.numpy import save_file
+
+import kvjax
+from kvjax import cli
+from kvjax.caches import KINDS
+from kvjax.cli import startup
+from kvjax.config import Config
+from kvjax.loops.host import Run
+from kvjax.train.package import config_json, to_hf
+
+BOS = "<|text|>"
+
+
+def write_folder(folder, *, bos=True):
+    """A random model of bytes in the Hugging Face layout."""
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocab = {token: i for i, token in enumerate([BOS, *sorted(letters)])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([BOS])
+    config = Config(len(vocab), 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, max_positions=256)
+    params = jax.tree.map(lambda x: x * 10, kvjax.init_params(config, jax.random.key(0)))
+    folder.mkdir(parents=True)
+    save_file(to_hf(params, config), folder / "model.safetensors")
+    backend.save(str(folder / "tokenizer.json"))
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config_json(config) | ends))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "add_bos_token": True} if bos else {}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("cli") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    monkeypatch.setenv("KVJAX_COMPILE_CACHE", "off")
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command in this process: `code, stdout, stderr`."""
+
+    def run(*argv):
+        code = cli.main([str(a) for a in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def written(command, folder):
+    """Runs `kvjax generate --json` and gives the object."""
+
+    def run(*argv):
+        code, out, err = command("generate", "--model", folder, "--max-new-tokens", 20, "--json", *argv)
+        assert (code, err) == (0, "")
+        assert out.count("\n") == 1
+        return json.loads(out)
+
+    return run
+
+
+def test_json_is_one_object_whose_text_is_what_the_new_ids_add(written, folder):
+    made = written("ROMEO: wherefore")
+    lm = kvjax.load(folder)
+    assert set(made) == {"model", "prompt_ids", "new_ids", "text", "stop", "timings", "cache_bytes"}
+    assert made["model"] == "tiny"
+    assert made["prompt_ids"] == lm.encode("ROMEO: wherefore")
+    assert made["text"] == lm.decode(made["prompt_ids"] + made["new_ids"]).removeprefix("ROMEO: wherefore")
+    assert (len(made["new_ids"]), made["stop"]) == (20, "length")
+    assert made["cache_bytes"] == kvjax.cache_nbytes(lm.model, None, capacity=256)
+    assert made["timings"]["steps"] == 20 + made["timings"]["wasted"]
+
+
+def test_stdout_is_the_same_text_in_pieces_and_stderr_one_line_of_figures(command, written, folder):
+    options = ("--temperature", 1.5, "--top-k", 200, "--top-p", 0.99, "--seed", 3, "Now is the winter")
+    made = written(*options)
+    code, out, err = command("generate", "--model", folder, "--max-new-tokens", 20, *options)
+    assert code == 0
+    assert out == made["text"] + "\n" * (not made["text"].endswith("\n"))
+    assert err.count("\n") == 1
+    for figure in (
+        "18 prompt tokens",
+        "20 new",
+        "compile",
+        "prefill",
+        "tokens/s",
+        f"cache {made['cache_bytes']:,} bytes",
+    ):
+        assert figure in err
+
+
+def test_temperature_zero_is_greedy_and_seeds_make_texts(written, folder):
+    greedy = kvjax.generate(kvjax.load(folder), "To be", max_new_tokens=20)
+    assert written("To be", "--temperature", 0)["new_ids"] == greedy.tokens[0].tolist()
+    assert written("To be", "--top-k", 1)["new_ids"] == greedy.tokens[0].tolist()
+    one, two, again = (written("To be", "--seed", s)["new_ids"] for s in (1, 2, 1))
+    assert one == again != two
+
+
+def test_an_empty_prompt_is_the_bos_alone(written, command, tmp_path):
+    assert written("")["prompt_ids"] == written()["prompt_ids"] == [0]
+    code, out, err = command("generate", "", "--model", write_folder(tmp_path / "bare", bos=False))
+    assert (code, out) == (1, "")
+    assert err.startswith("kvjax: error: ") and "no BOS" in err
+
+
+def test_prompts_come_from_files_and_from_standard_input_exactly(written, command, folder, tmp_path, monkeypatch):
+    text = "Line one\n\tβ and 語\n"
+    file = tmp_path / "prompt.txt"
+    file.write_text(text, "utf-8")
+    expected = written(text)["prompt_ids"]
+    assert written("--prompt-file", file)["prompt_ids"] == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert written("-")["prompt_ids"] == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff"), "utf-8"))
+    file.write_bytes(b"\xff\xfe")
+    for argv in (["-"], ["--prompt-file", file]):
+        code, _, err = command("generate", "--model", folder, *argv)
+        assert code == 1 and "not UTF-8" in err
+
+
+def test_the_kind_of_cache_reads_like_python(written, folder):
+    assert written("To be", "--cache", "ring(1024, sinks=4)")["new_ids"] == written("To be")["new_ids"]
+    assert written("To be", "--cache", "dense(store=bfloat16)")["cache_bytes"] < written("To be")["cache_bytes"]
+
+
+def test_dtype_is_that_of_the_parameters_and_the_cache(written, folder):
+    sizes = {d: written("x", "--dtype", d)["cache_bytes"] for d in ("float16", "float32", "float64")}
+    own = 4 * 256 + 12
+    assert [size - own for size in sizes.values()] == [c * (sizes["float16"] - own) for c in (1, 2, 4)]
+    assert not jax.config.read("jax_enable_x64")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "inf"], "--temperature"),
+        (["--temperature", "warm"], "--temperature"),
+        (["--top-p", "1.5"], "--top-p"),
+        (["--top-p", "-0.1"], "--top-p"),
+        (["--top-k", "-1"], "--top-k"),
+        (["--top-k", "1.5"], "--top-k"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**32)], "--seed"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--cache", "rong(3)"], "rong"),
+        (["--cache", "ring(0)"], "window"),
+        (["--cache", "__import__('os')"], "--cache"),
+        (["--temper", "1"], "--temper"),
+        (["--no-such"], "--no-such"),
+    ],
+)
+def test_wrong_usage_is_exit_2_and_one_line_before_anything_is_loaded(command, argv, named, monkeypatch):
+    monkeypatch.setattr("kvjax.cli.write_text.load", lambda *a, **k: pytest.fail("loaded"))
+    code, out, err = command("generate", "x", *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("kvjax: error: ") and err.count("\n") == 1 and named in err
+
+
+def test_errors_are_exit_1_and_one_line_and_a_traceback_only_with_debug(command, folder, tmp_path):
+    wrong = [
+        (["generate", "x", "--model", tmp_path / "nowhere"], "is no folder"),
+        (["generate", "x", "--model", folder, "--max-new-tokens", 1000], "256 positions"),
+        (["generate", "x", "--model", folder, "--prompt-file", tmp_path / "y"], "--prompt-file"),
+        (["generate", "--model", folder, "--prompt-file", tmp_path / "y"], "cannot read"),
+        (["generate", "\udcff", "--model", folder], "surrogate"),
+        (["info", tmp_path], "config.json"),
+    ]
+    for argv, said in wrong:
+        code, out, err = command(*argv)
+        assert (code, out) == (1, ""), argv
+        assert err.startswith("kvjax: error: ") and err.count("\n") == 1 and said in err
+        code, out, err = command(*argv, "--debug")
+        assert code == 1 and "Traceback" in err and err.splitlines()[-1].startswith("kvjax: error: ")
+
+
+def test_unexpected_errors_are_one_line_too(command, folder, monkeypatch):
+    monkeypatch.setattr("kvjax.cli.write_text.load", lambda *a, **k: 1 / 0)
+    assert command("generate", "x", "--model", folder) == (1, "", "kvjax: error: ZeroDivisionError: division by zero\n")
+
+
+def test_an_interrupt_while_text_streams_is_exit_130_and_keeps_what_was_written(command, folder, monkeypatch):
+    chunks = Run.chunks
+
+    def interrupted(self, n):
+        yield next(chunks(self, n))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "chunks", interrupted)
+    code, out, err = command("generate", "x", "--model", folder)
+    assert code == 130 and out
+    assert err == "kvjax: interrupted\n"
+
+
+def test_a_closed_pipe_is_quiet(command, folder, monkeypatch):
+    def closed(piece, last):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("kvjax.cli.write_text._put", closed)
+    assert command("generate", "x", "--model", folder) == (141, "", "")
+
+
+def test_unknown_keys_are_a_warning_in_one_line(command, folder, tmp_path):
+    strange = tmp_path / "strange"
+    write_folder(strange)
+    config = json.loads((strange / "config.json").read_text())
+    (strange / "config.json").write_text(json.dumps(config | {"flux_capacity": 1.21}))
+    script = "import sys; from kvjax.cli import main; sys.exit(main())"
+    ran = subprocess.run(
+        [sys.executable, "-c", script, "info", str(strange)],
+        capture_output=True,
+        text=True,
+        env=clean_environment(tmp_path),
+    )
+    assert ran.returncode == 0
+    assert ran.stderr.startswith("kvjax: warning: ") and "flux_capacity" in ran.stderr and ran.stderr.count("\n") == 1
+
+
+def test_info_tells_family_shapes_and_the_bytes_of_every_kind(command, folder):
+    code, out, err = command("info", folder, "--json")
+    assert (code, err) == (0, "")
+    about, model = json.loads(out), kvjax.load(folder).model
+    leaves = jax.tree.leaves(model.params)
+    assert about["family"] == "llama"
+    assert about["parameters"] == sum(x.size for x in leaves)
+    assert about["bytes"] == sum(x.nbytes for x in leaves) == 2 * about["stored_bytes"]
+    assert (about["shapes"]["num_layers"], about["shapes"]["head_dim"]) == (2, 8)
+    assert [c["kind"].split("(")[0] for c in about["caches"]] == [kind.__name__ for kind in KINDS]
+    dense = about["caches"][0]
+    assert dense["bytes"] == kvjax.init_cache(model, kvjax.caches.dense(), capacity=256).nbytes
+    assert dense["bytes_per_token"] == 2 * 2 * 2 * 8 * 4 + 4  # layers, keys and values, heads, width, float32; the id
+    code, out, err = command("info", folder)
+    assert (code, err) == (0, "") and f"{about['parameters']:,}" in out
+    assert max(map(len, out.splitlines())) <= 80
+    halved = json.loads(command("info", folder, "--json", "--dtype", "bfloat16")[1])
+    assert halved["bytes"] * 2 == about["bytes"]
+
+
+def test_help_has_examples_and_version_names_what_runs(command):
+    for argv in (["--help"], ["generate", "--help"], ["info", "--help"]):
+        code, out, err = command(*argv)
+        assert (code, err) == (0, "") and "examples:\n  kvjax " in out
+    code, out, _ = command("--version")
+    assert code == 0 and out.startswith(f"kvjax {kvjax.__version__} (jax {jax.__version__}")
+
+
+def clean_environment(home):
+    """A fresh user: nothing of this process's settings, an empty home."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("KVJAX_", "JAX_", "XDG_", "PYTHONWARNINGS"))}
+    root = str(Path(kvjax.__file__).resolve().parent.parent)
+    return kept | {"HOME": str(home), "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+
+
+def test_a_process_of_its_own_streams_and_keeps_its_programs(folder, tmp_path):
+    home = tmp_path / "home"
+    argv = [sys.executable, "-m", "kvjax", "generate", "To be", "--model", folder, "--max-new-tokens", "20"]
+    first = subprocess.run(argv, capture_output=True, text=True, env=clean_environment(home))
+    assert first.returncode == 0, first.stderr
+    assert first.stderr.count("\n") == 1
+    assert list((home / ".cache" / "kvjax" / "compiled").iterdir())
+
+
+def test_the_cache_folder_is_the_platforms_and_the_users_choice_wins(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert startup.cache_home({}, "linux") == tmp_path / ".cache"
+    assert startup.cache_home({}, "darwin") == tmp_path / "Library" / "Caches"
+    assert startup.cache_home({"LOCALAPPDATA": str(tmp_path / "l")}, "win32") == tmp_path / "l"
+    assert startup.cache_home({"XDG_CACHE_HOME": str(tmp_path / "x")}, "linux") == tmp_path / "x"
+    assert startup.cache_home({"XDG_CACHE_HOME": "relative"}, "linux") == tmp_path / ".cache"
+
+
+def test_a_cache_folder_that_cannot_be_made_is_let_be(tmp_path, monkeypatch):
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: changed.update({name: value}))
+    (tmp_path / "file").write_text("")
+    assert startup.use_compile_cache({"XDG_CACHE_HOME": str(tmp_path / "file")}) is None
+    assert startup.use_compile_cache({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}) is None
+    assert "jax_compilation_cache_dir" not in changed
+    own = tmp_path / "own"
+    assert startup.use_compile_cache({"KVJAX_COMPILE_CACHE": str(own)}) == own
+    assert changed["jax_compilation_cache_dir"] == str(own)
+    assert changed["jax_persistent_cache_min_compile_time_secs"] == 0
+    changed.clear()
+    assert startup.use_compile_cache({"KVJAX_COMPILE_CACHE": "OFF"}) is None
+    assert not changed
+
+
+@pytest.mark.oracle
+def test_greedy_ids_of_the_oracle_are_the_published_ones_from_the_command_line(command):
+    if not os.environ.get("KVJAX_ORACLES"):
+        pytest.skip("KVJAX_ORACLES is not set: the oracle models are not here")
+    known = json.loads((Path(__file__).resolve().parent / "golden" / "stories260K.json").read_text())
+    model = Path(os.environ["KVJAX_ORACLES"]) / "stories260K"
+    greedy = known["greedy_ids"]
+    for prompt, prompt_ids, ids in (
+        ("", greedy[:1], greedy),
+        ("Zoo", known["zoo_prompt_ids"], known["zoo_greedy_ids"]),
+    ):
+        n = len(ids) - len(prompt_ids)
+        code, out, _ = command(
+            "generate", prompt, "--model", model, "--temperature", 0, "--max-new-tokens", n, "--json"
+        )
+        made = json.loads(out)
+        assert code == 0 and made["prompt_ids"] + made["new_ids"] == ids
+        assert math.isfinite(made["timings"]["tokens_per_second"])

@@ -1,0 +1,90 @@
+"""Promise: a cache is a value. Nothing that is done with it changes it; the donating twins use it up instead."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import kinds
+import numpy as np
+import pytest
+from models import SAMPLER, STEPS, filled, prompt_ids
+
+import kvjax
+
+
+def snapshot(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def through_everything(model, out, cache, logits, branch):
+    """Every public function that takes a cache, each from the same one."""
+    ids = prompt_ids(20 + branch)
+    yield kvjax.prefill(model, cache, ids[:, :5])
+    yield kvjax.step(model, cache, ids[:, 5])
+    yield kvjax.decode(model, cache, logits, steps=STEPS, sampler=SAMPLER, seed=branch)
+    yield kvjax.decode_until(model, cache, logits, max_new_tokens=6, seed=branch)
+    yield kvjax.generate(model, after=out, max_new_tokens=6)
+    yield cache.rewind(cache.lengths - 1 * (branch == 0))
+    yield cache.take([2, branch])
+    yield cache.reorder([1, branch, 2])
+    yield cache.resize(300 + branch)
+    yield cache.check()
+    for node in range(len(cache.layers)):
+        if not cache.replays:
+            yield cache.keys(node), cache.values(node), cache.positions(node)
+
+
+@kinds.first_of_each()
+def test_a_cache_is_bitwise_unharmed_after_both_branches_of_a_fork_ran_through_everything(case):
+    model = case.model
+    prompts = [row[:n].tolist() for row, n in zip(prompt_ids(), (16, 7, 2), strict=True)]
+    out = kvjax.generate(model, prompts, max_new_tokens=3, plan=case.plan)
+    before = snapshot((out.cache, out.logits)), out.tokens.copy(), out.lengths.copy()
+    for branch in range(2):
+        for result in through_everything(model, out, out.cache, out.logits, branch):
+            jax.block_until_ready(result.cache if dataclasses.is_dataclass(result) and hasattr(result, "text") else result)
+    assert snapshot((out.cache, out.logits)) == before[0]
+    np.testing.assert_array_equal(out.tokens, before[1])
+    np.testing.assert_array_equal(out.lengths, before[2])
+
+
+def test_every_public_function_that_takes_a_cache_is_in_this_test():
+    takes = {"prefill", "step", "decode", "decode_until", "generate"}
+    public = {name for name in kvjax.__all__ if callable(getattr(kvjax, name))}
+    builds = {"init_cache", "cache_nbytes", "forward", "attend", "decoder", "init_params", "load"}
+    types = {name for name in public if isinstance(getattr(kvjax, name), type)}
+    assert public - builds - types <= takes
+    methods = {name for name in dir(kvjax.Cache) if not name.startswith("_") and callable(getattr(kvjax.Cache, name))}
+    assert methods - {"replace"} <= {"rewind", "take", "reorder", "resize", "check", "keys", "values", "positions", "keep"}
+
+
+@pytest.mark.corner
+@kinds.first_of_each()
+def test_donating_twins_give_equal_results_and_use_the_cache_up(case):
+    model, ids = case.model, prompt_ids(9)
+    logits, cache = filled(model, case.plan)
+    calls = {
+        "prefill": lambda where, cache: where.prefill(model, cache, ids),
+        "step": lambda where, cache: where.step(model, cache, ids[:, 0]),
+        "decode": lambda where, cache: where.decode(model, cache, logits, steps=STEPS, sampler=SAMPLER),
+    }
+    assert set(calls) | {"decode_until"} >= set(kvjax.donating.__all__)
+    for name, call in calls.items():
+        own = jax.tree.map(jnp.copy, cache)
+        want = snapshot(call(kvjax, own))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(own)), name
+        assert snapshot(call(kvjax.donating, own)) == want, name
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(own)), name
+    kvjax.donating.prefill(model, kvjax.init_cache(model, case.plan, batch=3, capacity=96), ids)  # a fresh one, too
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((model, logits, cache)))
+
+
+@kinds.first_of_each()
+def test_no_two_leaves_of_a_cache_are_one_buffer(case):
+    _, cache = filled(case.model, case.plan)
+    _, stepped = kvjax.step(case.model, cache, prompt_ids()[:, 0])
+    for each in (kvjax.init_cache(case.model, case.plan, batch=3, capacity=96), cache, stepped):
+        pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(each) if x.size]
+        assert len(set(pointers)) == len(pointers)
