@@ -13,23 +13,24 @@ from collections.abc import Callable
 from typing import Any
 
 import contract_kinds as kinds
+import contract_shared as common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contract_models import apply_plain_translator, apply_translator, naive_sinks
 
 import kvjax
 from kvjax import caches
 from kvjax.caches import codecs, storage
-from kvjax.caches.base import PAGES, Cache, OpenCache, Project, Span, Tree
+from kvjax.caches.base import PAGES, Cache, Project, Span, Tree
 from kvjax.config import Config
-from kvjax.layers import Rotation, feed_forward, linear, self_attention
 from kvjax.loops.feed import feed, finish
 from kvjax.model import Model, decoder_head
-from kvjax.ops.attention import EMPTY, Absorb
+from kvjax.ops.attention import EMPTY
 from kvjax.ops.norms import LayerNorm
 from kvjax.ops.positions import Learned
 from kvjax.params import init_params
-from kvjax.types import Array, Params
+from kvjax.types import Array
 
 EXACT = 1e-5
 """Largest difference over the largest logit that float32 may leave; sums are taken in another order."""
@@ -192,50 +193,7 @@ def layer_input(broken: bool, full: bool = True) -> dict[str, float]:
     return out
 
 
-def apply_translator(
-    params: Params, config: Config, cache: OpenCache, tokens: Array, valid: Array, absorbed: bool = True
-) -> tuple[Array, OpenCache]:
-    """A decoder with cross-attention: layer i attends to the text at node i and to the source at node L + i."""
-    x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")
-    rotation, (h, k, d) = Rotation.at(config, cache.positions, x.dtype), (config.query_heads, 2, config.head_dim)
-    for i in range(config.num_layers):
-        own, cross = params["layers"][str(i)], params["cross"][str(i)]
-        y, cache = self_attention(own, config, x, cache, i, rotation)
-        x = x + y
-        q = linear(cross["q"], config.norm(cross["norm"], x)).reshape(*x.shape[:2], h, d)
-        maps = cross["kv"]["kernel"].reshape(-1, 2, k, d)  # [E, keys and values, K, D]
-        if absorbed:
-            absorb = Absorb(maps[:, 0].transpose(1, 2, 0), maps[:, 1].transpose(1, 0, 2))
-            project = Project(kv=_no_kv, rotate=_still, absorb=lambda _, absorb=absorb: (absorb, None))
-            y, cache = cache.attend(config.num_layers + i, q, project, None, kv_heads=k)
-        else:  # the reference: keys and values of the whole source for every row, no cache and no view
-            source = cache.shared["source"]
-            text = jnp.repeat(storage.unpack(source.x.data, 1, 1)[:, 0], x.shape[0] // source.lengths.shape[0], axis=0)
-            lengths = jnp.repeat(source.lengths, x.shape[0] // source.lengths.shape[0])
-            keys, values = (jnp.repeat(jnp.einsum("bte,ekd->btkd", text, maps[:, n]), h // k, axis=2) for n in (0, 1))
-            scores = jnp.einsum("bshd,bthd->bhst", q, keys) * d**-0.5
-            there = jnp.arange(text.shape[1])[None, :] < lengths[:, None]
-            weights = jax.nn.softmax(jnp.where(there[:, None, None, :], scores, -jnp.inf), axis=-1)
-            y = jnp.einsum("bhst,bthd->bshd", weights, values)
-        x = x + linear(cross["out"], y.reshape(*x.shape[:2], h * d))
-        x = x + feed_forward(own["ffn"], config, config.norm(own["ffn_norm"], x))
-    return config.norm(params["final_norm"], x), cache
-
-
-def apply_plain_translator(params: Params, config: Config, cache: OpenCache, tokens: Array, valid: Array) -> Any:
-    """The same with cross-attention written out."""
-    return apply_translator(params, config, cache, tokens, valid, absorbed=False)
-
-
-def _no_kv(h: Any, positions: Array | None) -> Any:
-    raise AssertionError("absorbed cross-attention makes no keys and values")
-
-
-def _still(x: Array, positions: Array) -> Array:
-    return x
-
-
-class WholeSource(kinds.Source):
+class WholeSource(common.Source):
     """Broken: padding of a shorter source is seen."""
 
     def positions(self) -> Array:
@@ -260,13 +218,13 @@ def cross(broken: bool, full: bool = True) -> dict[str, float]:
     text = jax.random.normal(next(keys), (2, slots, 1, e))
     store = codecs.plain().empty(2, 1, slots, e, jnp.float32)
     at = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None, :], (2, slots))
-    source = (WholeSource if broken else kinds.Source)(store.write(text, at, at), lengths, share)
+    source = (WholeSource if broken else common.Source)(store.write(text, at, at), lengths, share)
     out = {}
     played = []
     for apply in (apply_translator, apply_plain_translator):
         m = Model(params, LLAMA, apply, decoder_head)
         cache = fresh(m, caches.dense(), batch=4)
-        cache = cache.replace(layers=(*cache.layers, *(kinds.AbsorbedCross(),) * 2), shared={"source": source})
+        cache = cache.replace(layers=(*cache.layers, *(common.AbsorbedCross(),) * 2), shared={"source": source})
         played.append(play(m, cache, rows, full=full))
         # beams of one source change places: the source stays where it is
         logits, moved = prefill(m, cache, rows, CHUNKS)
@@ -282,12 +240,12 @@ def cross(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 3. paged
 
 
-class Unordered(kinds.Pages):
+class Unordered(common.Pages):
     """Broken: a page's place in its row is taken to be its place in the pool."""
 
     def held(self, end: Array) -> Array:
         turned = self.replace(index=jnp.arange(self.index.shape[0], dtype=jnp.int32) % self.table.shape[1])
-        return kinds.Pages.held(turned, end)
+        return common.Pages.held(turned, end)
 
 
 Unordered = kinds.struct.node(Unordered)
@@ -304,47 +262,23 @@ def paged(broken: bool, full: bool = True) -> dict[str, float]:
     """Pages of 4, fewer of them than rows × capacity, plain and int8, against dense; and a pool that runs out."""
     m, rows, out = model(LLAMA), prompts((23, 17, 5)), {}
     for name, store in (("plain", codecs.plain()), ("int8", kinds.Int8()))[: 2 if full else 1]:
-        cache = with_pages(fresh(m, kinds.PagedKind(4, 22, store), batch=3), broken)  # of 3 × 12
+        cache = with_pages(fresh(m, common.PagedKind(4, 22, store), batch=3), broken)  # of 3 × 12
         chunks = CHUNKS if name == "plain" else one_by_one(rows)
         whole = fresh(m, caches.dense(store=store), batch=3)
         out[name] = compare(*(play(m, c, rows, chunks, full=full) for c in (cache, whole)))
     # 23, 17 and 5 tokens need 6 + 5 + 2 pages; of 13 none is left when rows 0 and 2 cross into another
-    got, want = (
-        prefill(m, fresh(m, plan, batch=3), rows, CHUNKS) for plan in (kinds.PagedKind(4, 13), caches.dense())
-    )
-    tokens, _, dense = kvjax.decode(m, want[1], jnp.asarray(want[0]), steps=3)
+    plans = common.PagedKind(4, 13), caches.dense()
+    got, want = (prefill(m, fresh(m, plan, batch=3), rows, CHUNKS) for plan in plans)
+    tokens, beside, _ = kvjax.decode(m, want[1], jnp.asarray(want[0]), steps=3)
     fed, last, pool = kvjax.decode(m, got[1], jnp.asarray(got[0]), steps=3)
     flags, lengths = np.asarray(pool.flags), np.asarray(pool.lengths)
     assert (flags == [PAGES, 0, 0]).all() and (lengths == [24, 20, 8]).all(), (flags, lengths)
     assert np.isnan(np.asarray(last)[0]).all() and (np.asarray(fed)[1:] == np.asarray(tokens)[1:]).all()
-    out["rows beside an exhausted one"] = gap(last[1:], kvjax.decode(m, want[1], jnp.asarray(want[0]), steps=3)[1][1:])
+    out["rows beside an exhausted one"] = gap(last[1:], beside[1:])
     return out
 
 
 # ---------------------------------------------------------------- 4. sinks with positions inside the cache
-
-
-def naive_sinks(m: Model, tokens: np.ndarray, window: int, sinks: int) -> np.ndarray:
-    """Logits `[N, V]` of one row, from nothing but the tokens: every score with its own two positions."""
-    c, n = m.config, len(tokens)
-    x = m.params["embed"]["table"][tokens][None]
-    q_at, k_at = np.arange(n)[:, None], np.arange(n)[None, :]
-    in_cache = np.where(k_at < sinks, np.minimum(q_at, sinks + window - 1), q_at)  # [N, N], where the query stands
-    seen = (k_at <= q_at) & ((q_at - k_at < window) | (k_at < sinks))
-    for i in range(c.num_layers):
-        layer = m.params["layers"][str(i)]
-        qkv = linear(layer["attn"]["qkv"], c.norm(layer["attn_norm"], x)).reshape(1, n, -1, c.head_dim)
-        q, k, v = jnp.split(qkv[0], [c.query_heads, c.query_heads + c.kv_heads], axis=1)
-        k, v = (jnp.repeat(y, c.query_heads // c.kv_heads, axis=1) for y in (k, v))
-        turn = lambda y, at: c.positions.rotate(y, c.positions.tables(jnp.asarray(at), c.head_dim, jnp.float32))  # noqa: E731
-        k = turn(k[None], np.arange(n)[None])[0]
-        q = turn(jnp.repeat(q[:, None], n, axis=1), in_cache)  # [N, N, H, D], turned for each key
-        scores = jnp.einsum("sthd,thd->hst", q, k) * c.head_dim**-0.5
-        weights = jax.nn.softmax(jnp.where(seen[None], scores, -jnp.inf), axis=-1)
-        y = jnp.einsum("hst,thd->shd", weights, v).reshape(1, n, -1)
-        x = x + linear(layer["attn"]["out"], y)
-        x = x + feed_forward(layer["ffn"], c, c.norm(layer["ffn_norm"], x))
-    return np.asarray(decoder_head(m.params, c, c.norm(m.params["final_norm"], x))[0])
 
 
 class TextPositions(kinds.SinksInCache):
@@ -399,7 +333,7 @@ def unrotated(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 6. shared prefix
 
 
-class FromZero(kinds.SharedPrefix):
+class FromZero(common.SharedPrefix):
     """Broken: the suffix counts from 0."""
 
     def after(self, positions: Array, length: Array) -> Array:
@@ -412,11 +346,11 @@ FromZero = kinds.struct.node(FromZero)
 def shared_prefix(broken: bool, full: bool = True) -> dict[str, float]:
     """One prefix of 10 for three rows, the suffix dense, in a ring or paged, against dense of the whole."""
     rows, (prefix,) = prompts((13, 7, 11)), prompts((10,), seed=1)
-    node, out = FromZero if broken else kinds.SharedPrefix, {}
-    for name, own in (("paged suffix", kinds.PagedKind(4, 25)), ("dense suffix", caches.dense()))[: 2 if full else 1]:
+    node, out = FromZero if broken else common.SharedPrefix, {}
+    for name, own in (("paged suffix", common.PagedKind(4, 25)), ("dense suffix", caches.dense()))[: 2 if full else 1]:
         m = model(LLAMA)
         _, one = prefill(m, fresh(m, caches.dense(), 1, 10), [prefix], (6, 4))
-        cache = kinds.join(one, fresh(m, kinds.SharedPrefixKind(12, own, node), 3))
+        cache = common.join(one, fresh(m, common.SharedPrefixKind(12, own, node), 3))
         _, whole = prefill(m, fresh(m, caches.dense(), 3), [prefix] * 3, (10,))
         out[name] = compare(*(play(m, c, rows, (9, 4), full=full) for c in (cache, whole)))
     return out
@@ -450,16 +384,16 @@ def feed_tree(m: Model, cache: Cache, tokens: Array, tree: Tree) -> tuple[Array,
 def tree(broken: bool, full: bool = True) -> dict[str, float]:
     """Every token of a tree against its branch fed alone; then one path a row is kept, and decoding goes on."""
     plans = {
-        "paged": (LLAMA, kinds.PagedKind(4, 22)),
-        "ring": (LOCAL, caches.ring(WINDOW, slack=8)),
+        "paged": (LLAMA, common.PagedKind(4, 22)),
         "dense": (LLAMA, caches.dense()),
+        "ring": (LOCAL, caches.ring(WINDOW, slack=8)),
         "recompute": (LLAMA, caches.recompute()),
         "un-rotated keys": (LLAMA, kinds.UnrotatedKind()),
         "layer input": (PLAIN, kinds.LayerInputKind()),
     }
     rows, out = prompts(), {}
     drafts = np.random.default_rng(5).integers(0, 61, (2, len(PARENTS))).astype(np.int32)
-    for name, (config, plan) in list(plans.items())[: None if full else 3]:
+    for name, (config, plan) in list(plans.items())[: None if full else 2]:
         m = model(config)
         _, cache = prefill(m, fresh(m, plan), rows, CHUNKS)
         lengths = cache.lengths

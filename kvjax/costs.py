@@ -34,7 +34,14 @@ def dense_nbytes(config: Config, *, batch: int, capacity: int, dtype: DType = jn
 
 
 def ring_nbytes(
-    config: Config, *, batch: int, capacity: int, window: int, sinks: int = 0, slack: int = 0, dtype: DType = jnp.float32
+    config: Config,
+    *,
+    batch: int,
+    capacity: int,
+    window: int,
+    sinks: int = 0,
+    slack: int = 0,
+    dtype: DType = jnp.float32,
 ) -> int:
     """Bytes of a ring in every layer: 2 · L · K · D · (sinks + window + slack) · B · bytes per element, and the
     container, whose tokens alone grow with the text.

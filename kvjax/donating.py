@@ -1,4 +1,4 @@
-"""The twins of `prefill`, `step`, `decode` and `decode_until` that use up the cache they are given: its buffers become the result's.
+"""The twins of the functions that take a cache, which use it up: its buffers become the result's.
 
 `logits, cache = kvjax.donating.step(model, cache, tokens)`; the old `cache` must not be used again.
 """

@@ -199,11 +199,13 @@ def attend(
         window: how many positions a query sees, its own included; None is all.
 
     Returns:
-        `[B, S, H, D]` and the cache for the next layer.
+        `[B, S, H, D]`, D the width of the values, and the cache for the next layer.
 
     Raises:
         InputError: shapes disagree.
     """
+    if not callable(kv) and len(kv) != 2:
+        raise InputError(f"attend: kv must be (k, v) or a function that gives them, not {len(kv)} things")
     turn = rotate or _unturned
 
     def project(stream: Any, positions: Array | None) -> tuple[Array, Array]:
@@ -222,9 +224,7 @@ def attend(
         raise InputError(f"attend: q has {q.shape[2:]}, k has {keys.shape[2:]}: heads must divide, widths be equal")
     if isinstance(cache.layers, _Found):
         cache.layers.window = window
-    return cache.attend(
-        layer, q, Project(project, turn, absorb), h, kv_heads=keys.shape[2], scale=scale, window=window
-    )
+    return cache.attend(layer, q, Project(project, turn, absorb), h, kv_heads=keys.shape[2], scale=scale, window=window)
 
 
 def _unturned(x: Array, positions: Array) -> Array:

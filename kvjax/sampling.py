@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kvjax import struct
@@ -66,7 +67,9 @@ class Temperature(struct.Value):
         """`[B, V]` to `[B, V]`."""
         value = _per_row(self.value, logits)
         best = jnp.arange(logits.shape[1])[None, :] == largest(logits)[:, None]
-        return jnp.where(value > 0, logits / jnp.where(value > 0, value, 1), jnp.where(best, 0.0, -jnp.inf))
+        top = jnp.max(logits, axis=1, keepdims=True)
+        below = logits - jnp.where(jnp.isfinite(top), top, 0)  # so that a small temperature does not overflow
+        return jnp.where(value > 0, below / jnp.where(value > 0, value, 1), jnp.where(best, 0.0, -jnp.inf))
 
 
 @struct.node
@@ -129,7 +132,7 @@ def temperature(value: Any) -> Temperature:
     Raises:
         InputError: a value is negative or not finite.
     """
-    return Temperature(_number("temperature", "value", value, jnp.float32, lambda x: jnp.isfinite(x) & (x >= 0)))
+    return Temperature(_number("temperature", "value", value, jnp.float32, lambda x: np.isfinite(x) & (x >= 0)))
 
 
 def top_k(k: Any) -> TopK:
@@ -169,10 +172,13 @@ def position_keys(keys: Array, positions: Array) -> Array:
 
 
 def _number(name: str, argument: str, value: Any, dtype: Any, good: Any) -> Array:
-    x = jnp.asarray(value, dtype)
+    x = jnp.asarray(value)
+    if jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(x.dtype, jnp.integer):
+        raise InputError(f"sampling.{name}: {argument} {value} is no whole number")
+    x = x.astype(dtype)
     if x.ndim > 1:
         raise InputError(f"sampling.{name}: {argument} must be one number or one a row, not of shape {x.shape}")
-    if not isinstance(x, jax.core.Tracer) and not bool(jnp.all(good(x))):
+    if not isinstance(x, jax.core.Tracer) and not np.all(good(np.asarray(x))):
         raise InputError(f"sampling.{name}: {argument} {value} is out of range")
     return x
 
@@ -185,7 +191,8 @@ def _per_row(value: Array, logits: Array) -> Array:
 
 def _ordered(x: Array) -> Array:
     """Logits as uint32 that order the same way, so that a threshold can be found bit by bit; no sort of V."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.uint32)  # + 0.0: one zero
+    x = x.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # one zero; XLA drops `x + 0.0`
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

@@ -16,7 +16,7 @@ _EVENTS = {
 _open: list[Compilations] = []
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Compilations:
     """Counts compilations while it is open: `with Compilations() as made: …; made.count, made.seconds`.
 

@@ -86,7 +86,18 @@ def each(only=lambda case: True):
     return pytest.mark.parametrize("case", params)
 
 
-def first_of_each():
-    """Runs a test on one case a kind."""
+def first_of_each(default=None):
+    """Runs a test on one case a kind; by default on these kinds only, and on the others in the full suite."""
     cases()
-    return pytest.mark.parametrize("case", [TABLE[kind][0] for kind in caches.KINDS], ids=lambda case: case.name)
+    params = [
+        pytest.param(
+            TABLE[kind][0], id=kind.__name__, marks=() if default is None or kind in default else pytest.mark.full
+        )
+        for kind in caches.KINDS
+    ]
+    return pytest.mark.parametrize("case", params)
+
+
+def mixed():
+    """Runs a test on a ring beside dense layers; on the other kinds in the full suite."""
+    return first_of_each((caches.ring,))

@@ -77,6 +77,7 @@ def written(command, folder):
     return run
 
 
+@pytest.mark.corner
 def test_json_is_one_object_whose_text_is_what_the_new_ids_add(written, folder):
     made = written("ROMEO: wherefore")
     lm = kvjax.load(folder)
@@ -139,11 +140,14 @@ def test_prompts_come_from_files_and_from_standard_input_exactly(written, comman
 
 def test_the_kind_of_cache_reads_like_python(written, folder):
     assert written("To be", "--cache", "ring(1024, sinks=4)")["new_ids"] == written("To be")["new_ids"]
-    assert written("To be", "--cache", "dense(store=bfloat16)")["cache_bytes"] < written("To be")["cache_bytes"]
+    half = written("To be", "--cache", "dense(store=bfloat16)", "--max-new-tokens", 0)
+    assert half["cache_bytes"] < written("To be", "--max-new-tokens", 0)["cache_bytes"]
 
 
 def test_dtype_is_that_of_the_parameters_and_the_cache(written, folder):
-    sizes = {d: written("x", "--dtype", d)["cache_bytes"] for d in ("float16", "float32", "float64")}
+    made = {d: written("x", "--dtype", d, "--max-new-tokens", 0) for d in ("float16", "float32", "float64")}
+    assert all((one["new_ids"], one["text"]) == ([], "") for one in made.values())
+    sizes = {d: one["cache_bytes"] for d, one in made.items()}
     own = 4 * 256 + 12
     assert [size - own for size in sizes.values()] == [c * (sizes["float16"] - own) for c in (1, 2, 4)]
     assert not jax.config.read("jax_enable_x64")
@@ -237,6 +241,7 @@ def test_unknown_keys_are_a_warning_in_one_line(command, folder, tmp_path):
     assert ran.stderr.startswith("kvjax: warning: ") and "flux_capacity" in ran.stderr and ran.stderr.count("\n") == 1
 
 
+@pytest.mark.corner
 def test_info_tells_family_shapes_and_the_bytes_of_every_kind(command, folder):
     code, out, err = command("info", folder, "--json")
     assert (code, err) == (0, "")

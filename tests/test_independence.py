@@ -63,7 +63,9 @@ def test_padding_may_hold_anything(case):
     want = continued(model, *filled(model, plan))
     for rubbish in (0, 5, -7, 10**6):
         padded = np.where(np.arange(16)[None, :] < PROMPTS[:, None], ids, rubbish)
-        got = continued(model, *kvjax.prefill(model, kvjax.init_cache(model, plan, batch=3, capacity=96), padded, PROMPTS))
+        got = continued(
+            model, *kvjax.prefill(model, kvjax.init_cache(model, plan, batch=3, capacity=96), padded, PROMPTS)
+        )
         assert_bitwise(got, want)
 
 
@@ -114,7 +116,9 @@ def test_unused_slots_may_hold_nan_keys_and_huge_values(case):
 @kinds.each(lambda case: case.keeps)
 def test_poison_in_a_used_slot_is_seen(case):
     logits, cache = filled(case.model, case.plan, valid=np.array([3, 2, 1]))
-    _, _, cache = kvjax.decode(case.model, poison(cache, used=True), logits, steps=STEPS, sampler=SAMPLER, seed=[4, 5, 6])
+    _, _, cache = kvjax.decode(
+        case.model, poison(cache, used=True), logits, steps=STEPS, sampler=SAMPLER, seed=[4, 5, 6]
+    )
     assert np.asarray(cache.flags).all()
     with pytest.raises(kvjax.CacheError, match="NaN"):
         cache.check()

@@ -1,6 +1,8 @@
 """What the documents say is so: their code runs, their links lead somewhere, their first lines are the two commands."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,11 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch, capsys):
     assert len(python) >= 4
     for text in python:
         exec(compile(text, "README.md", "exec"), names)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("script", sorted(set(re.findall(r"python ((?:scripts|benchmarks)/\w+\.py)", README))))
+def test_a_script_that_the_readme_names_says_what_it_does(script):
+    ran = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "usage:" in ran.stdout

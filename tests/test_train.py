@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ TINY = lm.Settings(
     context=16,
     vocab=270,
     width=16,
-    layers=2,
+    layers=1,
     heads=2,
     kv_heads=1,
     head_dim=8,
@@ -60,6 +62,10 @@ def finished(text_file, tmp_path_factory):
     return out, loop.train(text_file, out, TINY, quiet=True)
 
 
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _leaves(progress):
     return [np.asarray(x) for x in jax.tree.leaves((progress.state, progress.best))]
 
@@ -75,25 +81,51 @@ def test_a_few_steps_lower_the_loss_and_leave_a_loadable_package(finished):
         np.testing.assert_allclose(np.asarray(stored), best, rtol=2**-11, atol=2**-25)
 
 
-def test_an_interrupted_run_ends_bitwise_where_an_unbroken_one_does(finished, text_file, tmp_path):
-    stopped = loop.train(text_file, tmp_path, TINY, stop_at=8, quiet=True)
-    assert int(stopped.state.step) == 8 and not (tmp_path / "model").exists()
+def _interrupting(run, after):
+    calls = iter(range(after + 1))
+
+    def interrupted(state, batches):
+        if next(calls) == after - 1:
+            signal.raise_signal(signal.SIGINT)
+        return run(state, batches)
+
+    return interrupted
+
+
+def test_an_interrupted_run_ends_bitwise_where_an_unbroken_one_does(finished, text_file, tmp_path, monkeypatch):
+    run = lm.train_block(TINY, TINY.vocab)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lm, "train_block", lambda *_: _interrupting(run, after=2))
+        loop.train(text_file, tmp_path, TINY, quiet=True)
+    assert int(loop.load(tmp_path / loop.CHECKPOINT, TINY, TINY.vocab, _sha256(text_file)).state.step) == 8
+    assert not (tmp_path / "model").exists()
     resumed = loop.train(text_file, tmp_path, TINY, quiet=True)
     for ours, theirs in zip(_leaves(resumed), _leaves(finished[1]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert resumed.history == finished[1].history
 
 
-def test_another_seed_ends_elsewhere(finished, text_file, tmp_path):
-    other = loop.train(text_file, tmp_path, dataclasses.replace(TINY, seed=1), quiet=True)
-    assert any((a != b).any() for a, b in zip(_leaves(other), _leaves(finished[1]), strict=True))
+def test_another_seed_begins_elsewhere_and_reads_other_windows(text_file):
+    split = data.read_split(text_file, heldout_chars=TINY.heldout_chars, test_chars=TINY.test_chars)
+    segmenter = data.Segmenter(data.train_tokenizer(split.train, TINY.vocab), split.train)
+
+    def begin(seed, block=0):
+        table = lm.initial_state(dataclasses.replace(TINY, seed=seed), TINY.vocab).params["embed"]["table"]
+        batches = data.block_of_batches(segmenter, seed=seed, block=block, steps=2, batch=4, context=16, share=0.5)
+        return np.asarray(table), batches
+
+    for ours, again, other in zip(begin(0), begin(0), begin(1), strict=True):
+        np.testing.assert_array_equal(ours, again)
+        assert (ours != other).any()
+    assert (begin(0)[1] != begin(0, block=1)[1]).any()
 
 
 def test_a_checkpoint_of_another_run_is_refused(text_file, tmp_path):
-    loop.train(text_file, tmp_path, TINY, stop_at=4, quiet=True)
+    path = tmp_path / loop.CHECKPOINT
+    loop.save(path, loop.start(TINY, TINY.vocab), TINY, _sha256(text_file))
     with pytest.raises(CheckpointError, match=r"lr 0\.01 there, 0\.02 here"):
         loop.train(text_file, tmp_path, dataclasses.replace(TINY, lr=0.02), quiet=True)
-    (tmp_path / loop.CHECKPOINT).write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     with pytest.raises(CheckpointError, match="remove it"):
         loop.train(text_file, tmp_path, TINY, quiet=True)
 

@@ -31,9 +31,7 @@ class Dense(Node):
         """See `Node`."""
         k, v = project.kv(h, span.positions)
         slots = jnp.where(span.real(), span.order, self.capacity)
-        node = self.replace(
-            k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions)
-        )
+        node = self.replace(k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions))
         held = filled_positions(self.capacity, span.end)
         return views_of(node.k.read(held, span.end), node.v.read(held, span.end)), node
 
@@ -45,7 +43,7 @@ class Dense(Node):
         """See `Node`."""
         return self.replace(k=self.k.take(rows), v=self.v.take(rows))
 
-    def keep(self, source: Array, target: Array, shared: Any) -> Dense:
+    def move(self, source: Array, target: Array, shared: Any) -> Dense:
         """See `Node`."""
         return self.replace(k=self.k.move(source, target), v=self.v.move(source, target))
 

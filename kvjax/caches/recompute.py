@@ -42,7 +42,7 @@ class Recompute(Node):
         """Itself."""
         return self
 
-    def keep(self, source: Array, target: Array, shared: Any) -> Recompute:
+    def move(self, source: Array, target: Array, shared: Any) -> Recompute:
         """Itself: the container moves the tokens."""
         return self
 

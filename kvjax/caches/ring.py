@@ -50,9 +50,7 @@ class Ring(Node):
         """See `Node`."""
         k, v = project.kv(h, span.positions)
         slots = self._slots(span)
-        node = self.replace(
-            k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions)
-        )
+        node = self.replace(k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions))
         if k.shape[1] <= self.slack + 1:
             # What the new tokens overwrite lies outside the window of the first of them.
             return node._views(span.end), node
@@ -94,7 +92,7 @@ class Ring(Node):
         """See `Node`."""
         return self.replace(k=self.k.take(rows), v=self.v.take(rows))
 
-    def keep(self, source: Array, target: Array, shared: Any) -> Ring:
+    def move(self, source: Array, target: Array, shared: Any) -> Ring:
         """See `Node`."""
         there, here = self._slot(source), self._slot(target)
         return self.replace(k=self.k.move(there, here), v=self.v.move(there, here))

@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model(generate, "--model")
     add = generate.add_argument
     add("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
-    add("--max-new-tokens", type=_whole(0), default=128, metavar="N", help="how many at most (default 128)")
+    add("--max-new-tokens", type=_whole(0), metavar="N", help="how many at most (default: 128, or fewer if no room)")
     add("--temperature", type=_real(0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
     add("--top-k", type=_whole(0), default=0, metavar="K", help="only the K most probable (default 0: all)")
     add("--top-p", type=_real(0, 1), default=1.0, metavar="P", help="only the most probable up to P (default 1: all)")

@@ -143,7 +143,9 @@ VALUE, DONATING = _programs(), _programs(donate_argnums=1)
 """With the cache as a value, and with its buffers used up."""
 
 
-def prefill(model: Model, cache: Cache, tokens: Any, valid: Any = None, *, _run: Programs = VALUE) -> tuple[Array, Cache]:
+def prefill(
+    model: Model, cache: Cache, tokens: Any, valid: Any = None, *, _run: Programs = VALUE
+) -> tuple[Array, Cache]:
     """Feeds any number of tokens a row and gives the logits after the last.
 
     Prompts are padded to buckets (16, 32, 64, …), so that lengths of one bucket share a program. Above about 1,024
@@ -160,7 +162,7 @@ def prefill(model: Model, cache: Cache, tokens: Any, valid: Any = None, *, _run:
         Logits `[B, V]` and the cache.
 
     Raises:
-        InputError: shapes or dtypes are wrong, or `valid` is outside 0 to S.
+        InputError: shapes or dtypes are wrong, `valid` is outside 0 to S, or an id is outside the vocabulary.
         CacheError: a row's tokens do not fit the capacity (on the host; under `jit` the row is flagged).
     """
     tokens, valid = _check_tokens("prefill", model, cache, tokens, valid)
@@ -309,6 +311,11 @@ def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any
         raise InputError(f"{name}: valid has shape {list(valid.shape)} for {b} rows")
     if is_concrete(valid) and ((valid < 0) | (valid > s)).any():
         raise InputError(f"{name}: valid {valid.tolist()} must lie between 0 and {s}, the columns of tokens")
+    vocab = getattr(model.config, "vocab_size", None)
+    if is_concrete(tokens) and is_concrete(valid) and vocab is not None:
+        real = np.arange(s)[None, :] < valid[:, None]
+        for row, column in np.argwhere(real & ((tokens < 0) | (tokens >= vocab)))[:1]:
+            raise InputError(f"{name}: row {row} has id {tokens[row, column]}, the vocabulary has {vocab} ids")
     if is_concrete(valid) and is_concrete(cache.lengths):
         limit, what = cache.capacity, "capacity"
         if model.max_positions is not None and model.max_positions < limit:
@@ -319,4 +326,15 @@ def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any
     return tokens.astype(np.int32), valid.astype(np.int32)
 
 
-__all__ = ["prefill", "step", "decode", "decode_until", "Progress", "Programs", "VALUE", "DONATING", "bucket", "seeds_of"]
+__all__ = [
+    "prefill",
+    "step",
+    "decode",
+    "decode_until",
+    "Progress",
+    "Programs",
+    "VALUE",
+    "DONATING",
+    "bucket",
+    "seeds_of",
+]

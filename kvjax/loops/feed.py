@@ -9,9 +9,7 @@ from kvjax.model import Model
 from kvjax.types import Array
 
 
-def feed(
-    model: Model, cache: Cache, tokens: Array, valid: Array, tree: Tree | None = None
-) -> tuple[Array, Cache]:
+def feed(model: Model, cache: Cache, tokens: Array, valid: Array, tree: Tree | None = None) -> tuple[Array, Cache]:
     """Feeds S tokens a row.
 
     A row whose tokens do not fit is left as it is, and flagged: nothing is clamped, wrapped or partly written.

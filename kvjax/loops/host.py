@@ -1,4 +1,4 @@
-"""`generate`: from prompts to text, on the host. Buckets prompts, grows the cache between chunks, raises what is flagged."""
+"""`generate`: from prompts to text, on the host. Buckets prompts, grows the cache between chunks, raises flags."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from kvjax.types import Array
 
 CAPACITY = 256
 """The smallest capacity of a generated cache, in tokens; it grows by doubling."""
+
+BUDGET = 128
+"""New tokens of a row for which no budget is given, at most."""
 
 AHEAD = 64
 """Tokens of room beyond the prompt that the first capacity has at least."""
@@ -84,7 +87,7 @@ def generate(
     prompts: Any = None,
     *,
     after: Generated | None = None,
-    max_new_tokens: Any = 128,
+    max_new_tokens: Any = None,
     sampler: Any = None,
     seed: Any = None,
     plan: Any = None,
@@ -100,7 +103,8 @@ def generate(
         prompts: a str, a list of str, or a list of lists of ids; rows may differ in length.
         after: what an earlier call gave, instead of prompts: goes on as one longer call would have, and leaves it
             usable. Seeds, sampler and stop ids are its own unless given.
-        max_new_tokens: int, or one a row; 0 gives nothing new.
+        max_new_tokens: int, or one a row; 0 gives nothing new. None is 128, or what the model's positions leave a row
+            if that is less.
         sampler: see `kvjax.sampling`; None is greedy.
         seed: int, or one a row; the same seed samples the same alone and in any row.
         plan: kind of cache; None is `caches.default`.
@@ -114,7 +118,14 @@ def generate(
         CacheError: a row was flagged, for example because of NaN logits.
     """
     run = Run.start(
-        lm, prompts, after=after, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, plan=plan, stop_ids=stop_ids
+        lm,
+        prompts,
+        after=after,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        seed=seed,
+        plan=plan,
+        stop_ids=stop_ids,
     )
     for run in run.chunks(loop.ALL):
         pass
@@ -174,7 +185,7 @@ class Run:
                 stopped = np.isin(last, stops) & emitted
                 # The loop donates what it is given; the caller keeps its own.
                 cache, logits = _copy((after.cache, after.logits))
-                state = loop.Progress(cache, logits, jnp.asarray(stopped), jnp.zeros((), jnp.int32))
+                state = loop.Progress(cache, logits, stopped, np.int32(0))  # type: ignore[arg-type]
             jax.block_until_ready(state)
         state.cache.check()
         spent = time.perf_counter() - began - made.seconds
@@ -188,12 +199,13 @@ class Run:
         stops = loop.padded_stops(self.stop_ids)
         while True:
             lengths = np.asarray(run.state.cache.lengths)
-            if np.asarray(run.state.done(jnp.asarray(run.limits))).all():
+            wants = ~np.asarray(run.state.stopped) & (lengths < run.limits)
+            if not wants.any():
                 return
             began = time.perf_counter()
             with Compilations() as made:
                 state = run.state
-                if (lengths >= state.cache.capacity).any():
+                if (wants & (lengths >= state.cache.capacity)).any():
                     grown = _grow(state.cache, capacity=2 * state.cache.capacity)
                     state = state.replace(cache=grown)
                 state = loop.DONATING.until(
@@ -226,7 +238,7 @@ class Run:
         """What there is now, as `generate` returns it."""
         new = self.new()
         lengths = np.asarray([len(row) for row in new], np.int32)
-        tokens = np.full((len(new), int(lengths.max(initial=0))), -1, np.int32)
+        tokens = np.full((len(new), int(np.max(lengths, initial=0))), -1, np.int32)
         for row, ids in enumerate(new):
             tokens[row, : len(ids)] = ids
         tokenizer = getattr(self.lm, "tokenizer", None)
@@ -256,7 +268,7 @@ def model_of(lm: LM | Model) -> Model:
 
 def _prefilled(model: Model, ids: list[list[int]], plan: Any) -> loop.Progress:
     lengths = np.asarray([len(row) for row in ids], np.int32)
-    longest = int(lengths.max())
+    longest = int(np.max(lengths))
     tokens = np.zeros((len(ids), loop.bucket(longest)), np.int32)
     for row, values in enumerate(ids):
         tokens[row, : len(values)] = values
@@ -289,15 +301,20 @@ def _fed(cache: Cache) -> list[list[int]]:
 
 
 def _limits(model: Model, ids: list[list[int]], max_new_tokens: Any) -> np.ndarray:
+    lengths = np.asarray([len(row) for row in ids], np.int64)
+    if max_new_tokens is None:
+        room = BUDGET if model.max_positions is None else np.maximum(model.max_positions - lengths, 0)
+        max_new_tokens = np.minimum(BUDGET, room)
     budget = np.asarray(max_new_tokens)
     if budget.shape not in ((), (len(ids),)) or not np.issubdtype(budget.dtype, np.integer) or (budget < 0).any():
         raise InputError(f"generate: max_new_tokens {max_new_tokens!r} must be 0 or more, one or {len(ids)} numbers")
-    limits = np.asarray([len(row) for row in ids], np.int64) + budget
+    limits = lengths + budget
     if model.max_positions is not None and (limits > model.max_positions).any():
         row = int(np.argmax(limits))
+        more = int(limits[row]) - len(ids[row])
         raise InputError(
-            f"generate: row {row} has {len(ids[row])} tokens, and max_new_tokens {int(np.broadcast_to(budget, limits.shape)[row])} "
-            f"more pass the model's {model.max_positions} positions"
+            f"generate: row {row} has {len(ids[row])} tokens, and max_new_tokens {more} more pass the model's "
+            f"{model.max_positions} positions"
         )
     return np.minimum(limits, np.iinfo(np.int32).max).astype(np.int32)
 

@@ -2,7 +2,7 @@
 
 Queries are shaped to the keys, never the keys to the queries: between a cache's update and the two contractions here
 the big buffers are not reshaped, transposed, sliced, masked or cast, because XLA would copy them whole (see
-docs/decisions.md, "What the contract forced").
+docs/decisions.md, "The contract of a cache").
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def attention(
         rotate: turns `q` to positions `[B, S]`; None leaves it.
 
     Returns:
-        `[B, S, H, D]` in the dtype of `q`.
+        `[B, S, H, D]` in the dtype of `q`, D the width of the values.
 
     Scores and softmax are at least float32. Views are joined by their maxima and sums (Milakov and Gimelshein 2018,
     1805.02867; Hydragen, Juravsky et al. 2024, 2402.05099).
@@ -141,7 +141,7 @@ def attention(
     own = tuple((view.query_positions, view.visible) for view in views)
     block = jax.checkpoint(block)  # type: ignore[attr-defined]
     out = lax.map(block, jax.tree.map(cut, (q, positions, own)))  # [blocks, B, BLOCK, H, D]
-    return out.swapaxes(0, 1).reshape(b, blocks * BLOCK, h, d)[:, :s]
+    return out.swapaxes(0, 1).reshape(b, blocks * BLOCK, h, out.shape[-1])[:, :s]
 
 
 def _slots(view: View) -> int:
@@ -170,7 +170,8 @@ def _attend(
     weights = [jnp.exp(m - top) for m, _, _ in parts] if len(parts) > 1 else [None]
     total = functools.reduce(jnp.add, [_weigh(n, w) for (_, n, _), w in zip(parts, weights, strict=True)])
     out = functools.reduce(jnp.add, [_weigh(o, w) for (_, _, o), w in zip(parts, weights, strict=True)])
-    out = out / total[..., None]  # [B, K, G * S, D]
+    out = out / total[..., None]  # [B, K, G * S, D], D now that of the values
+    d = out.shape[-1]
     return out.reshape(b, kv_heads, h // kv_heads, s, d).transpose(0, 3, 1, 2, 4).reshape(b, s, h, d).astype(q.dtype)
 
 

@@ -98,18 +98,17 @@ def _interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(text: Path, out: Path, settings: lm.Settings, *, stop_at: int | None = None, quiet: bool = False) -> Progress:
+def train(text: Path, out: Path, settings: lm.Settings, *, quiet: bool = False) -> Progress:
     """Trains, or goes on where the checkpoint in `out` stands, and writes `out/model` at the end.
 
     Args:
         text: a UTF-8 text file.
         out: directory for the checkpoint and, once finished, the package.
         settings: of the run; those of a checkpoint in `out` must be the same.
-        stop_at: stop (and leave a checkpoint) at this step, as an interrupt would.
         quiet: no progress bar.
 
     Returns:
-        The progress at the end; `progress.state.step` is below `settings.steps` if it was stopped.
+        The progress at the end.
 
     Raises:
         InputError: if the text is too short.
@@ -128,11 +127,10 @@ def train(text: Path, out: Path, settings: lm.Settings, *, stop_at: int | None =
     else:
         progress = start(settings, vocab_size)
     run = lm.train_block(settings, vocab_size)
-    end = min(settings.steps, stop_at or settings.steps)
     step = int(progress.state.step)
     bar = tqdm(total=settings.steps, initial=step, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True)
     with _interruptible() as interrupts, bar:
-        while step < end and not interrupts:
+        while step < settings.steps and not interrupts:
             begun = time.perf_counter()
             batches = data.block_of_batches(
                 segmenter,
@@ -153,25 +151,21 @@ def train(text: Path, out: Path, settings: lm.Settings, *, stop_at: int | None =
                     progress.best = jax.tree.map(np.array, progress.state.ema)
                     progress.best_loss, progress.best_step = heldout, step
                 progress.history.append({"step": step, "loss": float(losses.mean()), "heldout": heldout})
-                progress.seconds += time.perf_counter() - begun
                 save(checkpoint, progress, settings, split.sha256)
-            else:
-                progress.seconds += time.perf_counter() - begun
+            progress.seconds += time.perf_counter() - begun
             bar.update(len(losses))
             bar.set_postfix(loss=f"{losses.mean():.3f}", heldout=f"{progress.best_loss:.4f}", refresh=False)
-        if interrupts or step < settings.steps:
-            save(checkpoint, progress, settings, split.sha256)
         if interrupts:
+            save(checkpoint, progress, settings, split.sha256)
             raise KeyboardInterrupt
-    if step == settings.steps:
-        record = _record(text, settings, split, progress)
-        package.write_package(out / "model", progress.best, config, tokenizer, record)
-        stored = load_lm(str(out.resolve() / "model"))  # the losses are those of the file, rounding included
-        record["nats_per_char"] = {
-            name: evaluate.nats_per_char(forward, stored.model, tokenizer, part, settings.context)
-            for name, part in (("train", split.train), ("heldout", split.heldout))
-        }
-        package.write_record(out / "model", record)
+    record = _record(text, settings, split, progress)
+    package.write_package(out / "model", progress.best, config, tokenizer, record)
+    stored = load_lm(str(out.resolve() / "model"))  # the losses are those of the file, rounding included
+    record["nats_per_char"] = {
+        name: evaluate.nats_per_char(forward, stored.model, tokenizer, part, settings.context)
+        for name, part in (("train", split.train), ("heldout", split.heldout))
+    }
+    package.write_record(out / "model", record)
     return progress
 
 

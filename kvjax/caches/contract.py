@@ -1,0 +1,267 @@
+"""The contract of a cache: the node of a layer, what layers share, and what passes between a layer and its node.
+
+A layer asks its node to take in S new tokens and to hand back what to attend over:
+
+    extend(h, project, span, shared) -> (views, node)
+    record(site, x, span) -> node             default: itself; a trace needs it
+    resize(capacity), rewind(lengths), take(rows), reorder(beams), move(source, target)
+
+What layers have in common lies once in `Cache.shared`: named `Shared` entries, asked once a call (`reserve`) before the
+layers run, and moved with the same operations. Nodes and entries are frozen pytrees; nothing here is changed in place.
+`docs/decisions.md` says what forced each part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax import struct
+from kvjax.caches.codecs import Segment
+from kvjax.ops.attention import EMPTY, Absorb, View
+from kvjax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """What a kind must know of a layer to make its node.
+
+    Args:
+        kv_heads: K.
+        key_dim, value_dim: widths of one key and one value.
+        dtype: what the layer computes in.
+        window: the layer's own window, or None.
+        width: M, of the layer's input; None where the model does not show it.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: Any
+    window: int | None = None
+    width: int | None = None
+
+
+@struct.node
+class Span(struct.Value):
+    """The new tokens of one call.
+
+    Args:
+        start: `[B]` int32, tokens a row already has.
+        valid: `[B]` int32, how many of the S new ones are real; the others are padding and are not kept.
+        positions: `[B, S]` int32, where each new token stands in the text: rotation, learned tables and masks read it.
+        ancestors: `[B, S, S]` bool or None: which new tokens each new token may see, itself included (tree drafts,
+            where siblings share a position); None is causal order.
+    """
+
+    start: Array
+    valid: Array
+    positions: Array
+    ancestors: Array | None = None
+
+    @property
+    def end(self) -> Array:
+        """`[B]` int32, tokens a row has afterwards."""
+        return self.start + self.valid
+
+    @property
+    def order(self) -> Array:
+        """`[B, S]` int32, the place of each new token in the order of feeding; equal to positions but in a tree."""
+        steps = jnp.arange(self.positions.shape[1], dtype=jnp.int32)
+        return self.start[:, None] + steps[None, :]
+
+    def real(self) -> Array:
+        """`[B, S]` bool, which new tokens are not padding."""
+        steps = jnp.arange(self.positions.shape[1], dtype=jnp.int32)
+        return steps[None, :] < self.valid[:, None]
+
+    def text(self, order: Array) -> Array:
+        """`[B, T]`, where tokens stand in the text, by their place in the order of feeding; the same but in a tree."""
+        if self.ancestors is None:
+            return order
+        new, inside = self._new(order)
+        return jnp.where(inside, jnp.take_along_axis(self.positions, new, axis=1), order)
+
+    def tree_view(self, view: View) -> View:
+        """A view whose positions are places in the order of feeding, with positions of the text and a tree's mask."""
+        if self.ancestors is None:
+            return view
+        span = self if view.pages is None else self._rows(view.pages[0])
+        order = _for_rows(view.positions, span.start.shape[0])
+        return view.replace(positions=span.text(order), visible=span.seen(order))
+
+    def seen(self, order: Array) -> Array:
+        """`[B, S, T]` bool, what a tree lets each new token see of places in the order of feeding: what was there
+        before, and of the new ones its ancestors."""
+        assert self.ancestors is not None
+        new, inside = self._new(order)
+        at = jnp.broadcast_to(new[:, None, :], (*self.ancestors.shape[:2], new.shape[1]))
+        return jnp.take_along_axis(self.ancestors, at, axis=2) | ~inside[:, None, :]
+
+    def _new(self, order: Array) -> tuple[Array, Array]:
+        """For places `[B, T]`: which of the new tokens each is, clipped, and whether it is one."""
+        new = order - self.start[:, None]
+        size = self.positions.shape[1]
+        return jnp.clip(new, 0, size - 1), (new >= 0) & (new < size)
+
+    def _rows(self, rows: Array) -> Span:
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="clip"), self)
+
+
+@struct.node
+class Tree(struct.Value):
+    """How the new tokens of one call hang together when they are drafts of several continuations.
+
+    Args:
+        depths: `[B or 1, S]` int32, how far below the text each token stands; its parent's and one.
+        ancestors: `[B or 1, S, S]` bool, which tokens each may see, itself included.
+    """
+
+    depths: Array
+    ancestors: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Project:
+    """What a layer can do for its node: functions, not results.
+
+    Args:
+        kv: `(h [B, S, ...], positions [B, S] or None) -> (k [B, S, K, D], v [B, S, K, D])`, keys rotated to
+            `positions`, or not rotated when None.
+        rotate: `(x [B, S, heads, D], positions [B, S]) -> x`, the layer's rotation.
+        absorb: `h [B, S, E] -> (maps, factor [B, S] or None)`: keys and values are linear in `h` times a factor per
+            position (the norm's); or None where something stands between, a rotation or a norm of the keys.
+    """
+
+    kv: Callable[[Any, Array | None], tuple[Array, Array]]
+    rotate: Callable[[Array, Array], Array]
+    absorb: Callable[[Any], tuple[Absorb, Array | None]] | None = None
+
+
+class Shared(struct.Value):
+    """An entry of `Cache.shared`: what layers have in common, once; derives from it and is a `struct.node`.
+
+    Every operation gives the entry and `[B]` int32 flags, bits for the rows where it could not be done.
+    """
+
+    def reserve(self, span: Span) -> tuple[Any, Array]:
+        """Makes room for the new tokens, once a call, before the layers run; tokens of flagged rows are dropped."""
+        return self, jnp.zeros_like(span.start)
+
+    def resize(self, capacity: int) -> Any:
+        """The same for a cache with room for `capacity` tokens a row."""
+        return self
+
+    def rewind(self, lengths: Array) -> tuple[Any, Array]:
+        """Gives back what lies at or past `lengths[B]`."""
+        return self, jnp.zeros_like(lengths)
+
+    def take(self, rows: Array) -> tuple[Any, Array]:
+        """Other rows, `rows[n]`; everything moves."""
+        raise NotImplementedError
+
+    def reorder(self, beams: Array) -> tuple[Any, Array]:
+        """Rows exchanged inside a source; what the rows of a source share stays."""
+        return self.take(beams)
+
+
+class Node(struct.Value):
+    """A layer's part of the cache; a layout derives from it and is a `struct.node`."""
+
+    replays = False
+    """Whether the layer keeps nothing, so that every call must feed the whole text again."""
+
+    max_rewind: int | None = None
+    """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
+
+    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
+        """Takes in the new tokens; hands back the views to attend over and the node that has them.
+
+        The views' positions are places in the order of feeding (`span.order`, or 0 for what every query sees, such as
+        a source text); where a tree makes the text's positions differ, the container turns one into the other.
+
+        Args:
+            h: `[B, S, M]`, the layer's input before its norm; only passed on to `project.kv` or stored. None: nothing
+                is new to this node (cross-attention while the target grows).
+            project: what the layer can do.
+            span: the new tokens.
+            shared: what layers have in common, by name; read, not changed.
+        """
+        raise NotImplementedError
+
+    def record(self, site: str, x: Array, span: Span) -> Any:
+        """Sees `x[B, S, M]` at a named site of the layer. Most kinds keep nothing of it."""
+        return self
+
+    # In what follows `shared` is as it will be in the same container as the result, `before` as it was.
+
+    def resize(self, capacity: int, shared: Any) -> Any:
+        """The same with room for `capacity` tokens."""
+        raise NotImplementedError
+
+    def rewind(self, lengths: Array) -> Any:
+        """Forgets what lies at or past `lengths[B]`. Kinds whose positions follow from lengths have nothing to do."""
+        return self
+
+    def take(self, rows: Array, before: Any, shared: Any) -> Any:
+        """Other rows, `rows[n]` int32; everything moves."""
+        raise NotImplementedError
+
+    def reorder(self, beams: Array, before: Any, shared: Any) -> Any:
+        """Rows exchanged inside a source; what the rows of a source share stays."""
+        return self.take(beams, before, shared)
+
+    def move(self, source: Array, target: Array, shared: Any) -> Any:
+        """What stands at places `source[B, n]` in the order of feeding stands at `target[B, n]` too, as stored; EMPTY
+        targets are dropped. The accepted path of a tree of drafts moves up so."""
+        raise NotImplementedError
+
+    def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
+        """Keys and values `[B, K, T, D]`, decoded, and the position `[B, T]` of every slot; a copy, for looking."""
+        raise NotImplementedError
+
+
+class Kind:
+    """A word of a plan: hashable, makes a layer's node."""
+
+    def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
+        """An empty node for `batch` rows and `capacity` tokens."""
+        raise NotImplementedError
+
+    def shared(self, batch: int, capacity: int) -> dict[str, Any]:
+        """Entries of `Cache.shared` that its nodes look for; kinds that name the same one share it."""
+        return {}
+
+
+def _for_rows(positions: Array, batch: int) -> Array:
+    """`[R, T]` for a view's rows, as `[B, T]`."""
+    return positions if positions.shape[0] == batch else jnp.repeat(positions, batch // positions.shape[0], axis=0)
+
+
+def filled_positions(capacity: int, end: Array) -> Array:
+    """`[B, T]` int32: slot t holds position t where `t < end[b]`, nothing elsewhere."""
+    slots = jnp.arange(capacity, dtype=jnp.int32)[None, :]
+    return jnp.where(slots < end[:, None], slots, EMPTY)
+
+
+def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: Any) -> tuple[View, ...]:
+    """One view for each pair of segments that two stores of one codec gave."""
+    pairs = zip(keys, values, strict=True)
+    return tuple(View(k.data, v.data, k.positions, k.scale, v.scale, **static) for k, v in pairs)
+
+
+__all__ = [
+    "LayerShape",
+    "Span",
+    "Tree",
+    "Project",
+    "Shared",
+    "Node",
+    "Kind",
+    "filled_positions",
+    "views_of",
+]

@@ -1,0 +1,73 @@
+"""Promise: bytes predicted from the configuration equal the bytes of the arrays."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import kinds
+import pytest
+from models import FULL, MIXED, WINDOWED, tiny
+
+import kvjax
+from kvjax import caches, costs
+from kvjax.config import Config
+
+STORES = [pytest.param(None, 4, id="float32"), pytest.param(jnp.bfloat16, 2, id="bfloat16")]
+
+
+def three_ways(config, plan, batch, capacity):
+    """Bytes of the arrays, and as `cache_nbytes` and shapes tell them; equal."""
+    model = tiny(config)
+    real = kvjax.init_cache(model, plan, batch=batch, capacity=capacity)
+    measured = sum(x.nbytes for x in jax.tree.leaves(real))
+    assert measured == real.nbytes == kvjax.cache_nbytes(model, plan, batch=batch, capacity=capacity)
+    return measured
+
+
+@pytest.mark.parametrize(("store", "size"), STORES)
+@pytest.mark.parametrize(("batch", "capacity"), [(1, 40), (3, 96)])
+def test_predicted_bytes_are_those_of_the_arrays(store, size, batch, capacity):
+    dtype, shape = store or jnp.float32, {"batch": batch, "capacity": capacity}
+    container = 4 * batch * capacity + 12 * batch
+    slot = 2 * 2 * 8 * size  # keys and values, 2 heads, width 8
+    got = three_ways(FULL, caches.dense(store=store), batch, capacity)
+    assert got == costs.dense_nbytes(FULL, dtype=dtype, **shape) == 2 * slot * batch * capacity + container
+    ring = {"window": 6, "sinks": 2, "slack": 3}
+    got = three_ways(WINDOWED, caches.ring(store=store, **ring), batch, capacity)
+    assert got == costs.ring_nbytes(WINDOWED, dtype=dtype, **ring, **shape) == 2 * slot * batch * 11 + container
+    got = three_ways(FULL, caches.recompute(), batch, capacity)
+    assert got == costs.recompute_nbytes(FULL, **shape) == container
+
+
+@kinds.each()
+def test_nothing_that_a_loop_does_changes_the_bytes(case):
+    before = three_ways(case.config, case.plan, 3, 96)
+    model = case.model
+    cache = jax.eval_shape(lambda: kvjax.init_cache(model, case.plan, batch=3, capacity=96))
+    for _ in range(2):
+        _, cache = jax.eval_shape(kvjax.step, model, cache, jax.ShapeDtypeStruct((3,), jnp.int32))
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) == before
+
+
+def test_a_default_plan_costs_a_ring_and_a_dense_layer():
+    slot = 2 * 2 * 8 * 4
+    assert three_ways(MIXED, None, 2, 64) == 2 * slot * (6 + 16) + 2 * slot * 64 + 4 * 2 * 64 + 12 * 2
+
+
+@pytest.mark.parametrize(("store", "size", "total"), [(None, 4, 9_830_400), (jnp.bfloat16, 2, 4_915_200)])
+def test_the_textbook_example(store, size, total):
+    """d 512, 6 layers, batch 4, 100 positions: half of the book's 19,660,800 bytes, which count cross-attention too."""
+    config = Config(1000, 6, 512, query_heads=8, kv_heads=8, head_dim=64, ffn_width=2048)
+    model = jax.eval_shape(lambda: kvjax.decoder(config, kvjax.init_params(config, jax.random.key(0))))
+    container = costs.container_nbytes(4, 100)
+    assert 2 * 6 * 8 * 64 * 100 * 4 * size == total
+    assert costs.dense_nbytes(config, batch=4, capacity=100, dtype=store or jnp.float32) == total + container
+    assert kvjax.cache_nbytes(model, caches.dense(store=store), batch=4, capacity=100) == total + container
+    assert container == 4 * 400 + 12 * 4
+
+
+def test_grouped_queries_divide_and_llama_3_8b_is_what_everyone_knows():
+    llama = Config(128_256, 32, 4096, query_heads=32, kv_heads=8, head_dim=128, ffn_width=14_336, tied=False)
+    assert costs.slot_nbytes(llama, jnp.bfloat16) * 32 == 131_072, "128 KiB a token"
+    eight = costs.dense_nbytes(llama, batch=1, capacity=8192, dtype=jnp.bfloat16) - costs.container_nbytes(1, 8192)
+    assert eight == 2**30

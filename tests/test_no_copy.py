@@ -1,0 +1,128 @@
+"""Promise: a donated cache is updated in place; no step, scan or prefill makes a cache-sized temporary."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kvjax
+from kvjax import caches, sampling, struct
+from kvjax.caches.base import Kind
+from kvjax.caches.dense import Dense
+from kvjax.config import Config
+from kvjax.loops.decode import DONATING
+
+VOCAB, WIDTH, CACHE = 128, 64, 64 * 2**20
+
+
+def nbytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def measure(plan_of, batch, kv_heads, program):
+    """`(temporaries / (cache + logits), aliased / cache)` of a compiled program; nothing is allocated."""
+    capacity = CACHE // (2 * 2 * batch * kv_heads * WIDTH * 4)  # two layers, keys and values, float32
+    config = Config(VOCAB, 2, WIDTH, query_heads=4, kv_heads=kv_heads, head_dim=WIDTH, ffn_width=64)
+    model = jax.eval_shape(lambda: kvjax.decoder(config, kvjax.init_params(config, jax.random.key(0))))
+    plan = plan_of(capacity)
+    cache = jax.eval_shape(lambda m: kvjax.init_cache(m, plan, batch=batch, capacity=capacity), model)
+    assert nbytes(cache) >= CACHE
+    shape = jax.ShapeDtypeStruct
+    rows = shape((batch,), jnp.int32)
+    logits, seeds = shape((batch, VOCAB), jnp.float32), shape((batch,), jnp.uint32)
+    if program == "scan":
+        lowered = DONATING.decode.lower(model, cache, logits, sampling.greedy(), seeds, steps=4)
+    elif program == "step":
+        lowered = DONATING.step.lower(model, cache, rows)
+    else:
+        lowered = DONATING.prefill.lower(model, cache, shape((batch, 16), jnp.int32), rows)
+    found = lowered.compile().memory_analysis()
+    size = nbytes(cache) + nbytes(logits)
+    return found.temp_size_in_bytes / size, found.alias_size_in_bytes / nbytes(cache)
+
+
+PLANS = {
+    "dense": lambda capacity: caches.dense(),
+    "ring": lambda capacity: caches.ring(capacity - 16, slack=16),
+    "sinks": lambda capacity: caches.ring(capacity - 20, slack=16, sinks=4),
+}
+"""Kinds that keep something, at a size where a copy shows; a new one is a line here."""
+DEFAULT = {("dense", 8, 2, "scan"), ("dense", 1, 1, "step"), ("ring", 8, 2, "step")}
+MATRIX = [
+    pytest.param(
+        *cell, id="-".join(map(str, cell)), marks=(pytest.mark.corner,) if cell in DEFAULT else pytest.mark.full
+    )
+    for cell in [
+        (plan, batch, kv_heads, program)
+        for plan in PLANS
+        for batch in (1, 8)
+        for kv_heads in (1, 2, 4)
+        for program in ("scan", "step", "prefill")
+    ]
+]
+
+
+@pytest.mark.parametrize(("plan", "batch", "kv_heads", "program"), MATRIX)
+def test_a_donated_cache_is_updated_in_place(plan, batch, kv_heads, program):
+    temporary, aliased = measure(PLANS[plan], batch, kv_heads, program)
+    print(f"{jax.__version__}: temporaries {temporary:.4f} of cache and logits, aliased {aliased:.4f}")
+    assert temporary <= 0.05
+    assert aliased == 1
+
+
+@pytest.mark.corner
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("plan", "batch", "kv_heads", "program"), [m.values for m in MATRIX if m.values[1:3] != (1, 4)]
+)
+def test_a_donated_cache_is_updated_in_place_on_every_version(plan, batch, kv_heads, program):
+    test_a_donated_cache_is_updated_in_place(plan, batch, kv_heads, program)
+
+
+# What the measure must catch: three ways of touching the buffer between its update and its use.
+
+
+@struct.node
+class Copying(Dense):
+    how: str = struct.static(default="transpose")
+
+    def extend(self, h, project, span, shared):
+        (view,), node = super().extend(h, project, span, shared)
+        node = self.replace(k=node.k, v=node.v)
+        if self.how == "mask":
+            real = (view.positions < span.end[0])[0]
+            return (view.replace(v=jnp.where(real[:, None], view.v.swapaxes(-3, -2), 0).swapaxes(-3, -2)),), node
+        if self.how == "cast":
+            return (view.replace(k=view.k.astype(jnp.bfloat16)),), node
+        # [N, T, D] by way of [T, N, D], as a cache kept in another order would be brought to the contraction
+        turned = jax.lax.optimization_barrier(view.k.swapaxes(0, 1))
+        return (view.replace(k=turned.swapaxes(0, 1)),), node
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyingKind(Kind):
+    how: str
+
+    def init(self, shape, batch, capacity):
+        good = caches.dense().init(shape, batch, capacity)
+        return Copying(good.k, good.v, capacity, self.how)
+
+
+@pytest.mark.corner
+@pytest.mark.parametrize("how", ["transpose", pytest.param("mask", marks=pytest.mark.full), "cast"])
+def test_the_measure_catches_a_copy(how):
+    temporary, _ = measure(lambda capacity: CopyingKind(how), 8, 2, "scan")
+    assert temporary > 0.05
+
+
+def test_the_measure_catches_a_cache_that_is_not_donated():
+    from kvjax.loops import decode
+
+    config = Config(VOCAB, 1, WIDTH, query_heads=2, kv_heads=2, head_dim=32, ffn_width=64)
+    model = jax.eval_shape(lambda: kvjax.decoder(config, kvjax.init_params(config, jax.random.key(0))))
+    cache = jax.eval_shape(lambda m: kvjax.init_cache(m, caches.dense(), batch=2, capacity=2048), model)
+    found = decode.VALUE.step.lower(model, cache, jax.ShapeDtypeStruct((2,), jnp.int32)).compile().memory_analysis()
+    assert found.alias_size_in_bytes == 0
