@@ -159,7 +159,7 @@ def test_mistakes_are_errors_before_anything_runs(forty):
     for options, message in (
         ({"prompts": []}, "prompts is empty"),
         ({"prompts": [[1], []]}, "prompt 1"),
-        ({"prompts": [[1.5]]}, "prompt 0 must be text or at least one id"),
+        ({"prompts": [[1.5]]}, "prompt 0 must be text or"),
         ({"prompts": [[1], [96]]}, "prompt 1 has id 96, the vocabulary has 96 ids"),
         ({"prompts": [[-1]]}, "prompt 0 has id -1"),
         ({"prompts": ["text"]}, "bare Model has no tokenizer"),
@@ -187,3 +187,28 @@ def test_ids_that_only_the_model_can_judge_raise_too():
     assert kvjax.generate(model, [[9]], max_new_tokens=2).lengths.tolist() == [2]
     with pytest.raises(CacheError, match="row 0.*outside the vocabulary"):
         kvjax.generate(model, [[10]], max_new_tokens=2)
+
+
+def test_decode_until_is_the_loop_under_it_and_a_budget_may_be_as_large_as_it_likes(forty):
+    logits, cache = kvjax.prefill(
+        MODEL, kvjax.init_cache(MODEL, PLAN, batch=3, capacity=256), prompt_ids(4), np.array([16, 7, 1])
+    )
+    stop = (int(forty.tokens[0, 5]), int(forty.tokens[1, 9]), int(forty.tokens[2, 30]))
+    want = generate(max_new_tokens=40, stop_ids=stop)
+    assert want.stop == ["eos"] * 3
+    how = {"stop_ids": stop, "sampler": WARM, "seed": [1, 2, 3]}
+    for budget in (40, 2**31 - 1, np.array([40, 2**31 - 1, 200], np.int32)):
+        state = kvjax.decode_until(MODEL, cache, logits, max_new_tokens=budget, **how)
+        np.testing.assert_array_equal(state.cache.lengths, want.cache.lengths)
+        np.testing.assert_array_equal(state.cache.tokens, want.cache.tokens)
+        assert np.asarray(state.stopped).all() and int(state.wasted) == want.timings.wasted
+    for wrong in ([1, 2], 1.5, np.ones((3, 1), np.int32)):
+        with pytest.raises(InputError, match="decode_until: max_new_tokens"):
+            kvjax.decode_until(MODEL, cache, logits, max_new_tokens=wrong)
+    with pytest.raises(InputError, match="chunk must be at least 1"):
+        kvjax.decode_until(MODEL, cache, logits, max_new_tokens=3, chunk=0)
+
+
+def test_a_budget_too_large_for_an_int32_is_a_budget(forty):
+    out = generate(max_new_tokens=2**40, stop_ids=tuple(set(forty.tokens.ravel().tolist())))
+    assert out.stop == ["eos"] * 3 and out.lengths.tolist() == [1] * 3

@@ -256,12 +256,19 @@ def decode_until(
         Where the loop stands; the emitted tokens are `cache.tokens[row, old length:new length]`.
 
     Raises:
-        InputError: shapes are wrong.
+        InputError: shapes or dtypes are wrong.
     """
     _check_logits("decode_until", cache, logits)
     if chunk < 1:
         raise InputError(f"decode_until: chunk must be at least 1, not {chunk}")
-    limits = cache.lengths + jnp.broadcast_to(jnp.asarray(max_new_tokens, jnp.int32), (cache.batch,))
+    budget = jnp.asarray(max_new_tokens)
+    if budget.shape not in ((), (cache.batch,)) or not jnp.issubdtype(budget.dtype, jnp.integer):
+        raise InputError(
+            f"decode_until: max_new_tokens {budget.dtype.name}{list(budget.shape)} must be one whole number, "
+            f"or one for each of {cache.batch} rows"
+        )
+    most = jnp.iinfo(jnp.int32).max - cache.lengths  # "no limit" must not wrap around
+    limits = cache.lengths + jnp.minimum(budget.astype(jnp.int32), most)
     state = Progress(cache, logits, jnp.zeros((cache.batch,), bool), jnp.zeros((), jnp.int32))
     chosen = sampling.greedy() if sampler is None else sampler
     seeds, stops = seeds_of(seed, cache.batch), padded_stops(stop_ids)
