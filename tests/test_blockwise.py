@@ -36,15 +36,15 @@ def temporaries(length, plan):
     ],
 )
 def test_temporary_memory_of_a_prefill_grows_with_its_length(plan):
-    two, four, eight = (temporaries(n, plan) for n in (2048, 4096, 8192))
-    print(f"{two:,} {four:,} {eight:,} bytes")
-    assert four / two < 2.5 and eight / four < 2.5
+    two, eight = (temporaries(n, plan) for n in (2048, 8192))
+    print(f"{two:,} {eight:,} bytes")
+    assert eight / two < 5  # 16 if it grew with the square
 
 
 def test_unblocked_it_would_grow_with_the_square(monkeypatch):
     monkeypatch.setattr(attention, "BLOCKWISE_ABOVE", 1 << 30)
-    four, eight = (temporaries(n, caches.dense()) for n in (4096, 8192))
-    assert eight / four > 3
+    two, eight = (temporaries(n, caches.dense()) for n in (2048, 8192))
+    assert eight / two > 10
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,10 @@ def test_temperature_zero_is_greedy_whatever_follows_and_per_row():
     np.testing.assert_array_equal(greedy, np.asarray(x).argmax(axis=1))
     assert greedy.dtype == np.int32
     for sampler in (
-        sampling.chain(sampling.temperature(0)),
         sampling.chain(sampling.temperature(0.0), sampling.top_k(5), sampling.top_p(0.9)),
-        sampling.chain(sampling.top_k(1)),
-        sampling.chain(sampling.top_p(0.0)),
+        sampling.chain(sampling.temperature(5.0), sampling.top_k(1), sampling.top_p(1.0)),
+        sampling.chain(sampling.temperature(5.0), sampling.top_k(0), sampling.top_p(0.0)),
+        sampling.chain(sampling.temperature(0)),
         sampling.chain(sampling.temperature(1e-30)),
         sampling.chain(sampling.temperature(2e-38)),  # 60 / 2e-38 is infinite in float32
     ):

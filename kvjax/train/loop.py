@@ -192,6 +192,7 @@ def _record(text: Path, settings: lm.Settings, split: data.Split, progress: Prog
         "train_seconds": round(progress.seconds, 1),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
         "machine": f"{platform.system()} {platform.machine()}, {_processor()}, {jax.default_backend()}",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
