@@ -18,8 +18,6 @@ import functools
 import json
 import os
 import pathlib
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from typing import Any
 import contract_kinds as kinds
 import contract_shared as common
 import handwritten
+import harness
 import jax
 import jax.numpy as jnp
 from contract_cases import BROKEN, CASES, EXACT
@@ -163,7 +162,7 @@ def measure(shape: str, batch: int, names: list[str], rounds: int) -> dict[str, 
         against = [a / b for a, b in zip(seconds["dense"], seconds[name], strict=True)]
         out[name] = facts | {
             "ms_per_step": [round(1e3 * x / STEPS, 3) for x in seconds[name]],
-            "speed_to_dense": statistics.median(against),
+            "speed_to_dense": harness.median(against),
             "min": min(against),
             "max": max(against),
         }
@@ -172,41 +171,26 @@ def measure(shape: str, batch: int, names: list[str], rounds: int) -> dict[str, 
 
 def bench(shapes: list[str], batches: list[int], names: list[str], rounds: int, note: str) -> pathlib.Path:
     """Measures and writes the file; its path."""
-    device = jax.devices()[0]
     result: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/contract.py", *sys.argv[1:]]),
         "note": note,
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"kvjax": kvjax.__version__, "jax": jax.__version__, "python": platform.python_version()},
-        "device": device.device_kind,
-        "cpu": processor(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
+        **harness.facts(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None),
         "capacity": CAPACITY,
         "fill": FILL,
         "steps": STEPS,
         "rounds": {},
         "runs": {},
     }
-    path = pathlib.Path(__file__).parent / "results" / device.platform / f"contract-{jax.__version__}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     for shape in shapes:
         for batch in batches:
             began = time.perf_counter()
             count = rounds if shape == "15M" else max(3, rounds // (3 if batch > 1 else 2))
             result["rounds"][f"{shape}, batch {batch}"] = count
             result["runs"][f"{shape}, batch {batch}"] = measure(shape, batch, names, count)
-            result["load_after"] = os.getloadavg()[0]
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            result["load_after"] = harness.facts()["load"]
+            path = harness.save(f"contract-{jax.__version__}", result)
             print(f"# {shape}, batch {batch}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return path
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(path: pathlib.Path) -> str:
@@ -214,10 +198,9 @@ def table(path: pathlib.Path) -> str:
     cache."""
     data = json.loads(path.read_text())
     runs = data["runs"]
-    v = data["versions"]
     lines = [
-        f"jax {v['jax']}, Python {v['python']}, {data['cpu']}, {data['cores']} cores, {data['date']}, "
-        f"load {data['load_before']:.1f}–{data['load_after']:.1f}",
+        f"jax {data['jax']}, Python {data['python']}, {data['processor']}, {data['cores']} cores, {data['day']}, "
+        f"load {data['load']:.1f}–{data['load_after']:.1f}",
         "",
         "| speed (least–most); temporaries | " + " | ".join(runs) + " |",
         "|---|" + "---|" * len(runs),

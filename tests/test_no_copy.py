@@ -81,8 +81,8 @@ class Copying(Dense):
         (view,), node = super().extend(h, project, span, shared)
         node = self.replace(k=node.k, v=node.v)
         if self.how == "mask":
-            real = (view.positions < span.end[0])[0]
-            return (view.replace(v=jnp.where(real[:, None], view.v.swapaxes(-3, -2), 0).swapaxes(-3, -2)),), node
+            real = (view.positions < span.end[:1, None])[0]
+            return (view.replace(v=jnp.where(real[None, :, None], view.v, 0)),), node
         if self.how == "cast":
             return (view.replace(k=view.k.astype(jnp.bfloat16)),), node
         # [N, T, D] by way of [T, N, D], as a cache kept in another order would be brought to the contraction
