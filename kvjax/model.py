@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from kvjax import struct
 from kvjax.caches import plans, storage
-from kvjax.caches.base import Cache, LayerShape, Node, OpenCache, Project, Span
+from kvjax.caches.base import Cache, LayerShape, Node, OpenCache, Project, Span, is_concrete
 from kvjax.caches.recompute import Recompute
 from kvjax.config import Config
 from kvjax.errors import InputError
@@ -117,10 +118,11 @@ def forward(model: Model, tokens: Any, valid: Any = None) -> Array:
         valid: `[B]` int32 or None, tokens of each row that are real; logits past them mean nothing.
 
     Returns:
-        `[B, S, V]`.
+        `[B, S, V]`; NaN in a row that has a real id outside the vocabulary.
 
     Raises:
-        InputError: `tokens` is not `[B, S]` whole numbers, or S is past the model's positions.
+        InputError: `tokens` is not `[B, S]` whole numbers, S is past the model's positions, or (outside `jit`) an id is
+            outside the vocabulary.
     """
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -129,7 +131,23 @@ def forward(model: Model, tokens: Any, valid: Any = None) -> Array:
     if model.max_positions is not None and s > model.max_positions:
         raise InputError(f"forward: {s} tokens, but the model has {model.max_positions} positions")
     count = jnp.full((b,), s, jnp.int32) if valid is None else jnp.asarray(valid, jnp.int32)
+    check_ids("forward", model, tokens, count)
     return _forward(model, tokens.astype(jnp.int32), count)
+
+
+def check_ids(name: str, model: Model, tokens: Any, valid: Any) -> None:
+    """Refuses real ids outside the vocabulary, where they and the vocabulary can be looked at.
+
+    Raises:
+        InputError: names row, id and vocabulary.
+    """
+    vocab = getattr(model.config, "vocab_size", None)
+    if vocab is None or not (is_concrete(tokens) and is_concrete(valid)):
+        return
+    tokens, valid = np.asarray(tokens), np.asarray(valid)
+    real = np.arange(tokens.shape[1])[None, :] < valid[:, None]
+    for row, column in np.argwhere(real & ((tokens < 0) | (tokens >= vocab)))[:1]:
+        raise InputError(f"{name}: row {row} has id {tokens[row, column]}, the vocabulary has {vocab} ids")
 
 
 @jax.jit
@@ -139,7 +157,9 @@ def _forward(model: Model, tokens: Array, valid: Array) -> Array:
     span = Span(jnp.zeros((b,), jnp.int32), valid, jnp.broadcast_to(steps[None, :], (b, s)))
     layers = tuple(Recompute() for _ in model.layer_shapes())
     x, _ = model.apply(model.params, model.config, OpenCache(layers, {}, span), tokens, valid)
-    return model.head(model.params, model.config, x)
+    logits = model.head(model.params, model.config, x)
+    bad = jnp.any(span.real() & ((tokens < 0) | (tokens >= logits.shape[-1])), axis=1)
+    return jnp.where(bad[:, None, None], jnp.nan, logits)
 
 
 def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int) -> Cache:

@@ -189,8 +189,13 @@ def test_an_id_outside_the_vocabulary_is_flagged_under_jit_and_refused_on_the_ho
         with pytest.raises(InputError, match=f"prompt 0 has id {bad}, the vocabulary has 96 ids"):
             kvjax.generate(model, [[1, bad]])
         kvjax.prefill(model, cache, np.array([[1, 1], [2, bad], [3, 3]]), np.array([2, 1, 2]))  # padding is no token
+        tokens = np.array([[1, 1], [2, bad], [3, 3]])
+        with pytest.raises(InputError, match=f"forward: row 1 has id {bad}, the vocabulary has 96 ids"):
+            kvjax.forward(model, tokens)
+        found = jax.jit(kvjax.forward)(model, tokens)
+        np.testing.assert_array_equal(np.isnan(found).any(axis=(1, 2)), [False, True, False])
 
 
 def test_every_flag_has_a_meaning_of_its_own():
-    assert len(MEANING) == len(set(MEANING.values())) == 6
+    assert len(MEANING) == len(set(MEANING.values())) == 7
     assert all(bit & (bit - 1) == 0 for bit in MEANING)

@@ -11,6 +11,7 @@ from models import BATCH, MIXED, ONE_LAYER, ONE_LAYER_WINDOWED, PROMPTS, SAMPLER
 
 import kvjax
 from kvjax import CacheError, caches
+from kvjax.caches.base import ROWS
 
 IDS = prompt_ids(1)
 
@@ -148,9 +149,12 @@ def test_rows_outside_the_batch_are_errors():
             cache.take(jnp.asarray(rows))
     with pytest.raises(CacheError, match="reorder: 2 rows given, the batch is 3"):
         cache.reorder([0, 1])
+    flagged = jax.jit(lambda cache, rows: cache.take(rows))(cache, jnp.array([2, 3, -1]))
+    np.testing.assert_array_equal(flagged.flags, [0, ROWS, ROWS])
+    logits, _ = kvjax.step(tiny(MIXED), flagged, np.array([1, 2, 3]))
+    np.testing.assert_array_equal(np.isnan(logits).all(axis=1), [False, True, True])
 
 
-@pytest.mark.corner
 @kinds.mixed()
 def test_resize_keeps_what_is_there_and_refuses_to_cut_it(case):
     _, cache = filled(case.model, case.plan)

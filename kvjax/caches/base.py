@@ -26,7 +26,7 @@ from kvjax.errors import CacheError
 from kvjax.ops.attention import EMPTY, attention
 from kvjax.types import Array, DType
 
-CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND = (1 << i for i in range(6))
+CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS = (1 << i for i in range(7))
 """Bits of `Cache.flags`."""
 
 MEANING = {
@@ -36,6 +36,7 @@ MEANING = {
     NAN: "the model gave NaN logits",
     TOKEN: "a token id was outside the vocabulary",
     REWIND: "it was rewound further than its kind keeps",
+    ROWS: "it was taken from a row outside the batch",
 }
 
 
@@ -219,7 +220,7 @@ class Cache(struct.Value):
         """Other rows, `rows[n]` int32, repeated or left out at will; everything moves.
 
         Raises:
-            CacheError: a row outside the batch.
+            CacheError: a row outside the batch; under `jit` what takes its place is flagged.
         """
         return self._rows(rows, "take")
 
@@ -243,7 +244,8 @@ class Cache(struct.Value):
                 if not 0 <= row < self.batch:
                     raise CacheError(f"{how}: row {row} is outside a batch of {self.batch}")
         pick = lambda x: jnp.take(x, rows, axis=0, mode="clip")  # noqa: E731
-        shared, flags = _ask(self.shared, lambda entry: getattr(entry, how)(rows), pick(self.flags))
+        outside = jnp.where((rows < 0) | (rows >= self.batch), ROWS, 0).astype(jnp.int32)
+        shared, flags = _ask(self.shared, lambda entry: getattr(entry, how)(rows), pick(self.flags) | outside)
         return self.replace(
             layers=tuple(getattr(node, how)(rows, self.shared, shared) for node in self.layers),
             shared=shared,
@@ -319,6 +321,7 @@ __all__ = [
     "NAN",
     "TOKEN",
     "REWIND",
+    "ROWS",
     "MEANING",
     "DType",
 ]

@@ -17,7 +17,7 @@ from kvjax import sampling, struct
 from kvjax.caches.base import Cache, is_concrete
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.feed import feed, finish
-from kvjax.model import Model
+from kvjax.model import Model, check_ids
 from kvjax.types import Array
 
 BUCKET = 16
@@ -318,11 +318,7 @@ def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any
         raise InputError(f"{name}: valid has shape {list(valid.shape)} for {b} rows")
     if is_concrete(valid) and ((valid < 0) | (valid > s)).any():
         raise InputError(f"{name}: valid {valid.tolist()} must lie between 0 and {s}, the columns of tokens")
-    vocab = getattr(model.config, "vocab_size", None)
-    if is_concrete(tokens) and is_concrete(valid) and vocab is not None:
-        real = np.arange(s)[None, :] < valid[:, None]
-        for row, column in np.argwhere(real & ((tokens < 0) | (tokens >= vocab)))[:1]:
-            raise InputError(f"{name}: row {row} has id {tokens[row, column]}, the vocabulary has {vocab} ids")
+    check_ids(name, model, tokens, valid)
     if is_concrete(valid) and is_concrete(cache.lengths):
         limit, what = cache.capacity, "capacity"
         if model.max_positions is not None and model.max_positions < limit:
