@@ -41,7 +41,7 @@ class Int8Store(Store):
     heads: int = struct.static()
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Codes made with the scale as it is stored (TRAPS: otherwise they err by 0.94 step)."""
+        """Codes made with the scale as it is stored, so that they err by at most half a step."""
         scale = (jnp.max(jnp.abs(x), axis=-1) / 127 + 1e-9).astype(self.scale.dtype)
         return jnp.round(jnp.clip(x / scale[..., None].astype(x.dtype), -127, 127)).astype(jnp.int8), scale
 

@@ -1,6 +1,7 @@
 """The twins of the functions that take a cache, which use it up: its buffers become the result's.
 
-`logits, cache = kvjax.donating.step(model, cache, tokens)`; the old `cache` must not be used again.
+`logits, cache = kvjax.donating.step(model, cache, tokens)`; the old `cache` must not be used again, nor
+what shares buffers with it: a `rewind`, a `resize` to the same capacity. `decode_until` uses up the logits too.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from jax import lax
 
 from kvjax import struct
 from kvjax.caches import plans, storage
-from kvjax.caches.base import Cache, LayerShape, Node, OpenCache, Project, Span, is_concrete
+from kvjax.caches.base import Cache, LayerShape, Node, OpenCache, Project, Span
 from kvjax.caches.recompute import Recompute
+from kvjax.checks import is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import InputError
 from kvjax.layers import Rotation, decoder_layer
@@ -124,15 +125,32 @@ def forward(model: Model, tokens: Any, valid: Any = None) -> Array:
         InputError: `tokens` is not `[B, S]` whole numbers, S is past the model's positions, or (outside `jit`) an id is
             outside the vocabulary.
     """
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise InputError(f"forward: tokens must be [B, S] whole numbers, not {tokens.dtype.name}{list(tokens.shape)}")
+    tokens = jnp.asarray(whole("forward: tokens", tokens))
+    if tokens.ndim != 2 or not tokens.size:
+        raise InputError(f"forward: tokens must be [B, S] with at least one token, not {list(tokens.shape)}")
     b, s = tokens.shape
     if model.max_positions is not None and s > model.max_positions:
         raise InputError(f"forward: {s} tokens, but the model has {model.max_positions} positions")
-    count = jnp.full((b,), s, jnp.int32) if valid is None else jnp.asarray(valid, jnp.int32)
+    count = jnp.asarray(check_valid("forward", valid, b, s))
     check_ids("forward", model, tokens, count)
     return _forward(model, tokens.astype(jnp.int32), count)
+
+
+def check_valid(name: str, valid: Any, rows: int, columns: int) -> Any:
+    """`valid` as `[B]` int32, all columns where it is None.
+
+    Raises:
+        InputError: no whole numbers, not one a row, or outside 0 to `columns`.
+    """
+    if valid is None:
+        return np.full((rows,), columns, np.int32)
+    valid = whole(f"{name}: valid", valid, ((rows,),))
+    if not is_concrete(valid):
+        return valid
+    valid = np.asarray(valid)
+    if ((valid < 0) | (valid > columns)).any():
+        raise InputError(f"{name}: valid {valid.tolist()} must lie between 0 and {columns}, the columns of tokens")
+    return valid
 
 
 def check_ids(name: str, model: Model, tokens: Any, valid: Any) -> None:
@@ -156,7 +174,8 @@ def _forward(model: Model, tokens: Array, valid: Array) -> Array:
     steps = jnp.arange(s, dtype=jnp.int32)
     span = Span(jnp.zeros((b,), jnp.int32), valid, jnp.broadcast_to(steps[None, :], (b, s)))
     layers = tuple(Recompute() for _ in model.layer_shapes())
-    x, _ = model.apply(model.params, model.config, OpenCache(layers, {}, span), tokens, valid)
+    fed = jnp.where(span.real(), tokens, 0)  # padding may hold anything
+    x, _ = model.apply(model.params, model.config, OpenCache(layers, {}, span), fed, valid)
     logits = model.head(model.params, model.config, x)
     bad = jnp.any(span.real() & ((tokens < 0) | (tokens >= logits.shape[-1])), axis=1)
     return jnp.where(bad[:, None, None], jnp.nan, logits)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from kvjax import struct
+from kvjax.checks import whole
 from kvjax.errors import InputError
 from kvjax.types import Array
 
@@ -123,6 +124,9 @@ def greedy() -> Greedy:
 
 def chain(*filters: Any) -> Chain:
     """Filters in order, then a draw: `chain(temperature(0.8), top_p(0.95))`; `chain()` samples the model as it is."""
+    for each in filters:
+        if isinstance(each, Greedy | Chain) or not callable(each) or jax.tree_util.all_leaves([each]):
+            raise InputError(f"sampling.chain: {each!r} is no filter, such as sampling.temperature(0.8)")
     return Chain(tuple(filters))
 
 
@@ -153,6 +157,21 @@ def top_p(p: Any) -> TopP:
     return TopP(_number("top_p", "p", p, jnp.float32, lambda x: (x >= 0) & (x <= 1)))
 
 
+def checked(sampler: Any) -> Any:
+    """A sampler as it is, greedy for None.
+
+    Raises:
+        InputError: a filter alone, or something that is no pytree that can be called.
+    """
+    if sampler is None:
+        return Greedy()
+    if isinstance(sampler, Temperature | TopK | TopP):
+        raise InputError(f"sampler: {type(sampler).__name__} is a filter; wrap it, as in sampling.chain(…)")
+    if not callable(sampler) or jax.tree_util.all_leaves([sampler]):
+        raise InputError(f"sampler: {sampler!r} is no pytree that can be called, such as sampling.greedy()")
+    return sampler
+
+
 def largest(logits: Array) -> Array:
     """`[B]` int32, index of the first of the largest of `logits[B, V]`; faster on CPU than `argmax`. 0 on NaN."""
     v = logits.shape[1]
@@ -172,10 +191,13 @@ def position_keys(keys: Array, positions: Array) -> Array:
 
 
 def _number(name: str, argument: str, value: Any, dtype: Any, good: Any) -> Array:
-    x = jnp.asarray(value)
-    if jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(x.dtype, jnp.integer):
-        raise InputError(f"sampling.{name}: {argument} {value} is no whole number")
-    x = x.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        x = jnp.asarray(whole(f"sampling.{name}: {argument}", value))
+    else:
+        try:
+            x = jnp.asarray(value, dtype)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"sampling.{name}: {argument} {value!r} is no number") from error
     if x.ndim > 1:
         raise InputError(f"sampling.{name}: {argument} must be one number or one a row, not of shape {x.shape}")
     if not isinstance(x, jax.core.Tracer) and not np.all(good(np.asarray(x))):
@@ -213,6 +235,7 @@ __all__ = [
     "temperature",
     "top_k",
     "top_p",
+    "checked",
     "largest",
     "row_keys",
     "position_keys",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ from kvjax.caches.contract import (
     filled_positions,
     views_of,
 )
+from kvjax.checks import is_concrete, whole
 from kvjax.errors import CacheError
 from kvjax.ops.attention import EMPTY, attention
 from kvjax.types import Array, DType
@@ -75,6 +78,7 @@ class OpenCache(struct.Value):
         window: int | None = None,
     ) -> tuple[Array, OpenCache]:
         """Extends one layer's node and attends. `kvjax.attend` is the door for models of one's own."""
+        project = dataclasses.replace(project, kv=functools.partial(_finite_values, project.kv))
         views, node = self.layers[layer].extend(h, project, self.span, self.shared)
         views = tuple(self.span.tree_view(view) for view in views)
         out = attention(
@@ -186,11 +190,8 @@ class Cache(struct.Value):
             CacheError: a length is negative, more than the row has, or further back than the kind keeps (under `jit`
                 the row is flagged and its logits become NaN); `lengths` has a wrong shape or dtype.
         """
-        lengths = jnp.asarray(lengths)
-        if lengths.shape not in ((), self.lengths.shape) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-            given = f"{lengths.dtype.name}{list(lengths.shape)}"
-            raise CacheError(f"rewind: lengths {given} must be one whole number, or one for each of {self.batch} rows")
-        target = jnp.broadcast_to(lengths.astype(jnp.int32), self.lengths.shape)
+        lengths = whole("rewind: lengths", lengths, ((), self.lengths.shape), CacheError)
+        target = jnp.broadcast_to(lengths, self.lengths.shape)
         wrong = (target < 0) | (target > self.lengths)
         if self.max_rewind is not None:
             wrong |= target < self.written - self.max_rewind
@@ -233,23 +234,23 @@ class Cache(struct.Value):
         return self._rows(beams, "reorder")
 
     def _rows(self, rows: Any, how: str) -> Cache:
-        rows = jnp.asarray(rows)
-        if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
-            raise CacheError(f"{how}: rows {rows.dtype.name}{list(rows.shape)} must be whole numbers [n]")
+        rows = jnp.asarray(whole(f"{how}: rows", rows, error=CacheError))
+        if rows.ndim != 1 or not rows.shape[0]:
+            raise CacheError(f"{how}: rows has shape {list(rows.shape)}, it must be [n], n at least 1")
         if how == "reorder" and rows.shape[0] != self.batch:
             raise CacheError(f"reorder: {rows.shape[0]} rows given, the batch is {self.batch}")
-        rows = rows.astype(jnp.int32)
         if is_concrete(rows):
             for row in np.asarray(rows):
                 if not 0 <= row < self.batch:
                     raise CacheError(f"{how}: row {row} is outside a batch of {self.batch}")
         pick = lambda x: jnp.take(x, rows, axis=0, mode="clip")  # noqa: E731
-        outside = jnp.where((rows < 0) | (rows >= self.batch), ROWS, 0).astype(jnp.int32)
-        shared, flags = _ask(self.shared, lambda entry: getattr(entry, how)(rows), pick(self.flags) | outside)
+        outside = (rows < 0) | (rows >= self.batch)
+        marked = pick(self.flags) | jnp.where(outside, ROWS, 0).astype(jnp.int32)
+        shared, flags = _ask(self.shared, lambda entry: getattr(entry, how)(rows), marked)
         return self.replace(
             layers=tuple(getattr(node, how)(rows, self.shared, shared) for node in self.layers),
             shared=shared,
-            tokens=pick(self.tokens),
+            tokens=jnp.where(outside[:, None], -1, pick(self.tokens)),  # no ids: seen again after a rewind
             lengths=pick(self.lengths),
             written=pick(self.written),
             flags=flags,
@@ -287,6 +288,14 @@ class Cache(struct.Value):
         return self
 
 
+def _finite_values(kv: Callable[..., Any], h: Any, positions: Array | None) -> tuple[Array, Array]:
+    """Keys and values, a value that is not finite moved into its key: there it shows as long as it is seen, and masks
+    hide it afterwards; among the values it would leak as 0 · NaN."""
+    k, v = kv(h, positions)
+    good = jnp.isfinite(v)
+    return jnp.where(jnp.all(good, axis=-1, keepdims=True), k, jnp.nan), jnp.where(good, v, 0)
+
+
 def _ask(
     shared: dict[str, Any], what: Callable[[Any], tuple[Any, Array]], flags: Array
 ) -> tuple[dict[str, Any], Array]:
@@ -295,11 +304,6 @@ def _ask(
     for _, bits in asked.values():
         flags = flags | bits
     return {name: entry for name, (entry, _) in asked.items()}, flags
-
-
-def is_concrete(x: Any) -> bool:
-    """Whether a value can be looked at on the host now."""
-    return not isinstance(x, jax.core.Tracer)
 
 
 __all__ = [

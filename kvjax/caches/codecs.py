@@ -143,14 +143,21 @@ class Plain:
 def plain(dtype: DType | None = None) -> Plain:
     """Elements as they are, in `dtype` (a floating dtype), or in what the model computes in.
 
+    XLA on a CPU casts a store that is narrower than the computation whole at every step: there it saves memory at rest
+    only.
+
     Raises:
-        InputError: `dtype` is not floating.
+        InputError: `dtype` is no dtype, not floating, or narrower than 16 bits (which needs scales).
     """
     if dtype is None:
         return Plain()
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"codecs.plain: dtype must be floating, not {jnp.dtype(dtype).name}")
-    return Plain(jnp.dtype(dtype).name)
+    try:
+        chosen = jnp.dtype(dtype)
+    except TypeError as error:
+        raise InputError(f"codecs.plain: {dtype!r} is neither a codec nor a dtype") from error
+    if not jnp.issubdtype(chosen, jnp.floating) or chosen.itemsize < 2:
+        raise InputError(f"codecs.plain: dtype must be floating, of 16 bits or more, not {chosen.name}")
+    return Plain(chosen.name)
 
 
 def as_codec(store: Any) -> Any:

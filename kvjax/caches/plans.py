@@ -59,7 +59,7 @@ def _outline(entry: Any) -> Any:
 
 
 def _kinds(plan: Any, layers: int) -> tuple[Any, ...]:
-    kinds = plan if isinstance(plan, tuple) else (plan,) * layers
+    kinds = tuple(plan) if isinstance(plan, tuple | list) else (plan,) * layers
     if len(kinds) != layers:
         raise InputError(f"plan: {len(kinds)} kinds for {layers} layers")
     for kind in kinds:
@@ -79,6 +79,8 @@ def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, recompute)) -> Any:
         InputError: another name, or an argument that is no number and no dtype.
     """
     names = {kind.__name__: kind for kind in kinds}
+    if len(text) > 200:  # Python's own parser gives up on deep nesting with errors of its own
+        raise InputError(f"cache {text[:40]!r}… has {len(text)} characters; write for example ring(1024, sinks=4)")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError) as error:
@@ -88,6 +90,8 @@ def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, recompute)) -> Any:
         raise InputError(f"cache {text!r} names no kind; there are {', '.join(names)}")
     arguments = [_value(text, node) for node in call.args]
     options = {str(item.arg): _value(text, item.value) for item in call.keywords}
+    if len(options) < len(call.keywords):
+        raise InputError(f"cache {text!r} gives an argument twice")
     try:
         return names[call.func.id](*arguments, **options)
     except TypeError as error:

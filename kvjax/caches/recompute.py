@@ -72,8 +72,9 @@ def recompute(*, window: int | None = None, sinks: int = 0) -> RecomputeKind:
     Raises:
         InputError: `window` is less than 1, or `sinks` is negative.
     """
-    if (window is not None and window < 1) or sinks < 0:
-        raise InputError(f"caches.recompute: window must be at least 1 and sinks 0 or more, not {window} and {sinks}")
+    for name, value, least in (("window", 1 if window is None else window, 1), ("sinks", sinks, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"caches.recompute: {name} must be a whole number of at least {least}, not {value!r}")
     return RecomputeKind(window, sinks)
 
 

@@ -138,8 +138,8 @@ def ring(window: int, *, sinks: int = 0, slack: int = 0, store: Any = None) -> R
         InputError: `window` is less than 1, or another number negative.
     """
     for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("slack", slack, 0)):
-        if value < least:
-            raise InputError(f"caches.ring: {name} must be at least {least}, not {value}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"caches.ring: {name} must be a whole number of at least {least}, not {value!r}")
     return RingKind(window, sinks, slack, codecs.as_codec(store))
 
 

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     add("--max-new-tokens", type=_whole(0), metavar="N", help="how many at most (default: 128, or fewer if no room)")
     add("--temperature", type=_real(0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
-    add("--top-k", type=_whole(0), default=0, metavar="K", help="only the K most probable (default 0: all)")
+    add("--top-k", type=_whole(0, 2**31 - 1), default=0, metavar="K", help="only the K most probable (default 0: all)")
     add("--top-p", type=_real(0, 1), default=1.0, metavar="P", help="only the most probable up to P (default 1: all)")
     add("--seed", type=_whole(0, 0xFFFFFFFF), default=0, metavar="S", help="the same seed, the same text (default 0)")
     _dtype(generate)
@@ -122,7 +122,7 @@ def _number(kind: Callable[[str], Any], what: str, least: float, most: float | N
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < least or (most is not None and value > most):
+        if value != value or value in (math.inf, -math.inf) or value < least or (most is not None and value > most):
             raise argparse.ArgumentTypeError(f"{text!r} must be {bounds}")
         return value
 

@@ -52,8 +52,12 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     source = file if file is not None else prompt if prompt == "-" else None
     if source is None:
         return prompt or ""
+    if source == "-" and sys.stdin is None:
+        raise InputError("generate: PROMPT is -, but standard input is closed")
     try:
-        return sys.stdin.read() if source == "-" else Path(source).read_text("utf-8")
+        # Bytes, so that line breaks come as they are, whatever the platform makes of them.
+        raw = getattr(sys.stdin, "buffer", sys.stdin).read() if source == "-" else Path(source).read_bytes()
+        return raw.decode("utf-8") if isinstance(raw, bytes) else raw
     except UnicodeDecodeError as error:
         where = "standard input" if source == "-" else source
         raise InputError(f"generate: {where} is not UTF-8 text: {error.reason} at byte {error.start}") from error

@@ -14,10 +14,11 @@ import numpy as np
 from jax import lax
 
 from kvjax import sampling, struct
-from kvjax.caches.base import Cache, is_concrete
+from kvjax.caches.base import NAN, Cache
+from kvjax.checks import is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.feed import feed, finish
-from kvjax.model import Model, check_ids
+from kvjax.model import Model, check_ids, check_valid
 from kvjax.types import Array
 
 BUCKET = 16
@@ -42,14 +43,19 @@ def _prefill(model: Model, cache: Cache, tokens: Array, valid: Array) -> tuple[A
     x, cache = feed(model, cache, tokens, valid)
     last = jnp.clip(valid - 1, 0, tokens.shape[1] - 1)
     x = jnp.take_along_axis(x, last.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)  # [B, 1, ...]
-    logits, cache = finish(model, cache, x, tokens, valid)
+    logits, cache = finish(model, cache, x, valid)
     return logits[:, 0], cache
+
+
+def _flag_nan(cache: Cache, logits: Array) -> Cache:
+    # Nothing can be sampled from these.
+    return cache.replace(flags=cache.flags | jnp.where(jnp.any(jnp.isnan(logits), axis=1), NAN, 0).astype(jnp.int32))
 
 
 def _step(model: Model, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
     valid = jnp.ones_like(tokens)
     x, cache = feed(model, cache, tokens[:, None], valid)
-    logits, cache = finish(model, cache, x, tokens[:, None], valid)
+    logits, cache = finish(model, cache, x, valid)
     return logits[:, 0], cache
 
 
@@ -57,6 +63,7 @@ def _decode(
     model: Model, cache: Cache, logits: Array, sampler: Any, seeds: Array, steps: int
 ) -> tuple[Array, Array, Cache]:
     keys = sampling.row_keys(seeds)
+    cache = _flag_nan(cache, logits)
 
     def one(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], Array]:
         logits, cache = carry
@@ -94,6 +101,7 @@ def _decode_until(
     # limits [B] are absolute lengths; stops [n] are ids, -1 for none; at most `chunks` scans of `chunk` steps
     keys = sampling.row_keys(seeds)
     room = state.cache.capacity
+    state = state.replace(cache=_flag_nan(state.cache, state.logits))
 
     def one(state: Progress, _: None) -> tuple[Progress, None]:
         cache = state.cache
@@ -101,7 +109,7 @@ def _decode_until(
         tokens = sampler(state.logits, sampling.position_keys(keys, cache.lengths))
         valid = jnp.where(rests, 0, 1).astype(jnp.int32)
         x, cache = feed(model, cache, tokens[:, None], valid)
-        logits, cache = finish(model, cache, x, tokens[:, None], valid)
+        logits, cache = finish(model, cache, x, valid)
         stops_here = jnp.any(tokens[:, None] == stops[None, :], axis=1)
         return Progress(
             cache,
@@ -186,9 +194,7 @@ def step(model: Model, cache: Cache, tokens: Any, *, _run: Programs = VALUE) -> 
     Raises:
         InputError: `tokens` is not `[B]` whole numbers.
     """
-    tokens = jnp.asarray(tokens)
-    if tokens.shape != (cache.batch,) or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise InputError(f"step: tokens {tokens.dtype.name}{list(tokens.shape)} must be whole numbers [{cache.batch}]")
+    tokens = jnp.asarray(whole("step: tokens", tokens, ((cache.batch,),)))
     return _run.step(model, cache, tokens.astype(jnp.int32))
 
 
@@ -221,7 +227,7 @@ def decode(
     _check_logits("decode", cache, logits)
     if steps < 1:
         raise InputError(f"decode: steps must be at least 1, not {steps}")
-    chosen = sampling.greedy() if sampler is None else sampler
+    chosen = sampling.checked(sampler)
     return _run.decode(model, cache, logits, chosen, seeds_of(seed, cache.batch), steps=steps)
 
 
@@ -261,24 +267,20 @@ def decode_until(
     _check_logits("decode_until", cache, logits)
     if chunk < 1:
         raise InputError(f"decode_until: chunk must be at least 1, not {chunk}")
-    budget = jnp.asarray(max_new_tokens)
-    if budget.shape not in ((), (cache.batch,)) or not jnp.issubdtype(budget.dtype, jnp.integer):
-        raise InputError(
-            f"decode_until: max_new_tokens {budget.dtype.name}{list(budget.shape)} must be one whole number, "
-            f"or one for each of {cache.batch} rows"
-        )
+    budget = jnp.asarray(whole("decode_until: max_new_tokens", max_new_tokens, ((), (cache.batch,))))
     most = jnp.iinfo(jnp.int32).max - cache.lengths  # "no limit" must not wrap around
     limits = cache.lengths + jnp.minimum(budget.astype(jnp.int32), most)
     state = Progress(cache, logits, jnp.zeros((cache.batch,), bool), jnp.zeros((), jnp.int32))
-    chosen = sampling.greedy() if sampler is None else sampler
+    chosen = sampling.checked(sampler)
     seeds, stops = seeds_of(seed, cache.batch), padded_stops(stop_ids)
     return _run.until(model, state, chosen, seeds, stops, limits, np.int32(ALL), chunk=chunk)
 
 
 def padded_stops(ids: Sequence[int]) -> np.ndarray:
     """`[n]` int32, n a bucket of at least 8, so that another number of stop ids compiles nothing; -1 is no id."""
+    given = whole("stop_ids", list(ids), ((len(ids),),)) if len(ids) else np.zeros((0,), np.int32)
     stops = np.full((bucket(max(len(ids), 1), 8),), -1, np.int32)
-    stops[: len(ids)] = ids
+    stops[: len(ids)] = given
     return stops
 
 
@@ -304,20 +306,16 @@ def _check_logits(name: str, cache: Cache, logits: Array) -> None:
 
 
 def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any) -> tuple[Any, Any]:
-    tokens = tokens if not is_concrete(tokens) else np.asarray(tokens)
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or tokens.shape[0] != cache.batch:
+    tokens = whole(f"{name}: tokens", tokens)
+    tokens = np.asarray(tokens) if is_concrete(tokens) else tokens
+    if tokens.ndim != 2 or tokens.shape[0] != cache.batch:
         raise InputError(
             f"{name}: tokens must be whole numbers [{cache.batch}, S], not {tokens.dtype}{list(tokens.shape)}"
         )
     b, s = tokens.shape
     if s < 1:
         raise InputError(f"{name}: tokens has no columns; feed at least one token")
-    valid = np.full((b,), s, np.int32) if valid is None else valid
-    valid = valid if not is_concrete(valid) else np.asarray(valid, np.int32)
-    if valid.shape != (b,):
-        raise InputError(f"{name}: valid has shape {list(valid.shape)} for {b} rows")
-    if is_concrete(valid) and ((valid < 0) | (valid > s)).any():
-        raise InputError(f"{name}: valid {valid.tolist()} must lie between 0 and {s}, the columns of tokens")
+    valid = check_valid(name, valid, b, s)
     check_ids(name, model, tokens, valid)
     if is_concrete(valid) and is_concrete(cache.lengths):
         limit, what = cache.capacity, "capacity"
@@ -326,7 +324,7 @@ def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any
         for row, (have, new) in enumerate(zip(np.asarray(cache.lengths), valid, strict=True)):
             if have + new > limit:
                 raise CacheError(f"{name}: row {row} has length {have}, {new} more do not fit: {what} {limit}")
-    return tokens.astype(np.int32), valid.astype(np.int32)
+    return tokens, valid
 
 
 __all__ = [

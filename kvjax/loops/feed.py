@@ -36,6 +36,7 @@ def feed(model: Model, cache: Cache, tokens: Array, valid: Array, tree: Tree | N
         full |= past
     valid = jnp.where(full, 0, valid)
     steps = jnp.arange(s, dtype=jnp.int32)[None, :]
+    fed = jnp.where(steps < valid[:, None], tokens, 0)  # padding may hold anything
     places = start[:, None] + steps  # [B, S]
     span = Span(start, valid, places)
     if tree is not None:
@@ -60,7 +61,7 @@ def feed(model: Model, cache: Cache, tokens: Array, valid: Array, tree: Tree | N
         at = jnp.clip(places, 0, cache.capacity - 1)
         x = jnp.take_along_axis(x, at.reshape(b, s, *(1,) * (x.ndim - 2)), axis=1)
     else:
-        x, opened = _apply(model, cache, tokens, span)
+        x, opened = _apply(model, cache, fed, span)
     lengths = start + valid
     return x, Cache(opened.layers, opened.shared, noted, lengths, jnp.maximum(cache.written, lengths), flags)
 
@@ -70,22 +71,22 @@ def _apply(model: Model, cache: Cache, tokens: Array, span: Span) -> tuple[Array
     return model.apply(model.params, model.config, opened, tokens, span.valid)
 
 
-def finish(model: Model, cache: Cache, x: Array, tokens: Array, valid: Array) -> tuple[Array, Cache]:
+def finish(model: Model, cache: Cache, x: Array, valid: Array) -> tuple[Array, Cache]:
     """Logits of some of the fed tokens; flags NaN logits and bad ids, and makes flagged rows' logits NaN.
 
     Args:
         model: any model.
         cache: as `feed` returned it.
         x: `[B, n, ...]`, features of the wanted tokens.
-        tokens: `[B, S]` int32, what was fed.
         valid: `[B]` int32, as given to `feed`.
 
     Returns:
         `[B, n, V]` and the cache.
     """
     logits = model.head(model.params, model.config, x)
-    real = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] < valid[:, None]
-    bad = jnp.any(real & ((tokens < 0) | (tokens >= logits.shape[-1])), axis=1)
+    # All live tokens, not the new ones alone: what a rewind left in place shows again.
+    live = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :] < cache.lengths[:, None]
+    bad = jnp.any(live & ((cache.tokens < 0) | (cache.tokens >= logits.shape[-1])), axis=1)
     broken = jnp.any(jnp.isnan(logits), axis=(1, 2)) & (valid > 0)
     flags = cache.flags | jnp.where(bad, TOKEN, 0) | jnp.where(broken, NAN, 0)
     logits = jnp.where((flags != 0)[:, None, None], jnp.nan, logits)

@@ -164,9 +164,13 @@ class Run:
         if after is not None and plan is not None:
             raise InputError("generate: after has a cache already; plan goes with prompts")
         model = model_of(lm)
+        if after is not None and len(after.cache.layers) != len(model.layer_shapes()):
+            here, there = len(model.layer_shapes()), len(after.cache.layers)
+            raise InputError(f"generate: after has a cache of {there} layers, the model has {here}")
+        plan = tuple(plan) if isinstance(plan, list) else plan
         if after is None:
             ids = _encode(lm, prompts)
-            sampler = sampling.greedy() if sampler is None else sampler
+            sampler = sampling.checked(sampler)
             stops = tuple(getattr(lm, "eos_ids", ()) if stop_ids is None else stop_ids)
             seeds = np.asarray(loop.seeds_of(0 if seed is None else seed, len(ids)))
         else:
@@ -308,7 +312,7 @@ def _limits(model: Model, ids: list[list[int]], max_new_tokens: Any) -> np.ndarr
     budget = np.asarray(max_new_tokens)
     if budget.shape not in ((), (len(ids),)) or not np.issubdtype(budget.dtype, np.integer) or (budget < 0).any():
         raise InputError(f"generate: max_new_tokens {max_new_tokens!r} must be 0 or more, one or {len(ids)} numbers")
-    limits = lengths + budget
+    limits = lengths + np.minimum(budget, np.iinfo(np.int32).max).astype(np.int64)
     if model.max_positions is not None and (limits > model.max_positions).any():
         row = int(np.argmax(limits))
         more = int(limits[row]) - len(ids[row])

@@ -12,7 +12,7 @@ from kvjax.errors import KvjaxError
 
 EXAMPLES = """examples:
   python -m kvjax.train lm --text tinyshakespeare.txt --out runs/shakespeare
-      trains the bundled model (about an hour on one core) into runs/shakespeare/model; after an
+      trains the bundled model (50 minutes on one core) into runs/shakespeare/model; after an
       interrupt the same command goes on from the checkpoint
   python -m kvjax.train lm --text my.txt --out runs/my --steps 500 --width 96 --layers 4
       a smaller one, on another text

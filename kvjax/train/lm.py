@@ -1,7 +1,8 @@
 """What one optimiser step of the bundled language model is: settings, state, loss, the compiled block of steps.
 
-Characters, not words, keep a model of this size from learning a million characters by heart (docs/decisions.md). What
-is kept is a moving average of the parameters. Dropout, and cutting words anew (BPE-dropout), are for larger ones.
+A few million parameters learn a million characters by heart. Against it: words are cut anew in each block
+(BPE-dropout), the residual stream has dropout, what is kept is a moving average of the parameters, and its logits are
+divided by a temperature that is found on held-out text.
 """
 
 from __future__ import annotations
@@ -29,32 +30,33 @@ class Settings:
     """Everything the result depends on besides the text. The defaults made the bundled model."""
 
     seed: int = 0
-    steps: int = 10_400
-    batch: int = 16  # windows per optimiser step
-    micro: int = 4  # windows per gradient; small ones stay in a core's cache
+    steps: int = 7200
+    batch: int = 8  # windows per optimiser step
+    micro: int = 2  # windows per gradient; small ones stay in a core's cache
     context: int = 256  # tokens, the BOS included
-    vocab: int = 257  # the bytes and the BOS: no merges
-    width: int = 128
+    vocab: int = 768
+    width: int = 256
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 32
-    ffn: int = 352
-    lr: float = 2e-3
+    head_dim: int = 64
+    ffn: int = 608
+    lr: float = 1.5e-3
     warmup: int = 200
     final_lr: float = 0.02  # of lr
-    weight_decay: float = 0.6  # large: the text is read some forty times
+    weight_decay: float = 0.8  # large: the text is read some thirty times
     beta2: float = 0.99
     clip: float = 1.0  # of the gradient's global norm
     ema: float = 0.998
-    dropout: float = 0.0
-    recut: float = 0.0  # share of words cut anew at the start of the run ...
-    recut_until: float = 0.9  # ... falling to none at this share of the run
+    dropout: float = 0.15
+    recut: float = 0.5  # share of words cut anew in the first part of the run ...
+    recut_from: float = 0.0  # ... falling from this share of the run on ...
+    recut_until: float = 0.9  # ... to none at this one
     recut_drop: float = 0.25  # BPE-dropout of a word that is cut anew
     heldout_chars: int = 30_000
     test_chars: int = data.TEST_CHARS
     block: int = 10  # steps per device call; an interrupt waits for its end
-    eval_every: int = 400  # steps; a multiple of block
+    eval_every: int = 200  # steps; a multiple of block
 
     def __post_init__(self) -> None:
         for name, part in (("batch", "micro"), ("eval_every", "block")):
@@ -91,7 +93,8 @@ class Settings:
 
     def recut_share(self, step: int) -> float:
         """The share of words that are cut anew from `step` on."""
-        return self.recut * max(0.0, 1.0 - step / (self.steps * self.recut_until))
+        left = (self.recut_until - step / self.steps) / (self.recut_until - self.recut_from)
+        return self.recut * min(1.0, max(0.0, left))
 
 
 class State(NamedTuple):

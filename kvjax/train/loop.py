@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from kvjax.errors import CheckpointError
@@ -158,7 +159,8 @@ def train(text: Path, out: Path, settings: lm.Settings, *, quiet: bool = False) 
         if interrupts:
             save(checkpoint, progress, settings, split.sha256)
             raise KeyboardInterrupt
-    record = _record(text, settings, split, progress)
+    temperature = choose(progress, split.heldout, tokenizer, settings)
+    record = _record(text, settings, split, progress) | {"temperature": temperature}
     package.write_package(out / "model", progress.best, config, tokenizer, record)
     stored = load_lm(str(out.resolve() / "model"))  # the losses are those of the file, rounding included
     record["nats_per_char"] = {
@@ -167,6 +169,30 @@ def train(text: Path, out: Path, settings: lm.Settings, *, quiet: bool = False) 
     }
     package.write_record(out / "model", record)
     return progress
+
+
+def choose(progress: Progress, heldout: str, tokenizer: Tokenizer, settings: lm.Settings) -> float:
+    """Makes `progress.best` the better of the best average and the last one, each at its best temperature on held-out.
+
+    Returns:
+        The temperature, which is folded into the scale of the final norm.
+    """
+    config = settings.config(tokenizer.get_vocab_size())
+
+    def cooled(params: Any, temperature: float) -> Any:
+        return dict(params, final_norm={"scale": params["final_norm"]["scale"] / temperature})
+
+    def loss(params: Any, temperature: float) -> float:
+        model = decoder(config, cooled(params, temperature))
+        return evaluate.nats_per_char(forward, model, tokenizer, heldout, settings.context)
+
+    found = []
+    for params, step in ((progress.best, progress.best_step), (progress.state.ema, int(progress.state.step))):
+        temperature = evaluate.best_temperature(lambda t, params=params: loss(params, t))  # type: ignore[misc]
+        found.append((loss(params, temperature), step, temperature, cooled(params, temperature)))
+    progress.best_loss, progress.best_step, temperature, best = min(found, key=lambda x: x[:2])
+    progress.best = jax.tree.map(np.array, best)
+    return temperature
 
 
 def _record(text: Path, settings: lm.Settings, split: data.Split, progress: Progress) -> dict[str, Any]:

@@ -173,6 +173,7 @@ def _card(out: Path, record: dict[str, Any]) -> str:
         "",
         f"`python -m kvjax.train eval MODEL --text {text['name']}` measures the last part again.",
         "",
+        *([record["remark"], ""] if "remark" in record else []),
         "## Data",
         "",
         f"`{text['name']}`{SOURCES.get(text['sha256'], '')}, SHA-256",
@@ -189,7 +190,9 @@ def _card(out: Path, record: dict[str, Any]) -> str:
         f"Seed {settings['seed']}, {settings['steps']:,} steps of {settings['batch']} windows, "
         f"{record['train_seconds'] / 60:.0f} minutes on {record['machine']}; the moving average at step "
         f"{record['best_step']:,}",
-        "had the lowest held-out loss. All settings and the course of the losses are in `training.json`. Versions: "
+        f"had the lowest held-out loss, its logits divided by {record['temperature']:.3f} (the best temperature on the",
+        "held-out part, folded into the scale of the final norm). All settings and the course of the losses are in",
+        "`training.json`. Versions: "
         + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
         + ".",
         "",

@@ -1,0 +1,53 @@
+"""Looks at what users hand over, on the host, before anything is cast: nothing is truncated or wrapped in silence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.errors import InputError
+
+MOST = int(np.iinfo(np.int32).max)
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether a value can be looked at on the host now."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def whole(name: str, x: Any, shapes: tuple[tuple[int, ...], ...] | None = None, error: type = InputError) -> Any:
+    """`x` as int32: traced and on the device as it is, anything else as a NumPy array.
+
+    Does not wait for the device: an int32 array there holds nothing that could wrap.
+
+    Args:
+        name: of the argument, for the error.
+        x: one whole number or an array of them.
+        shapes: what it may have; None allows any.
+        error: the class to raise.
+
+    Raises:
+        InputError: (or `error`) not whole numbers, beyond 32 bits, or of another shape.
+    """
+    if not isinstance(x, jax.Array):
+        try:
+            x = np.asarray(x)
+        except (TypeError, ValueError) as problem:
+            raise error(f"{name}: must be whole numbers in rows of equal length ({problem})") from None
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise error(f"{name}: {x.dtype}{list(x.shape)} must be whole numbers")
+    if shapes is not None and x.shape not in shapes:
+        wanted = " or ".join(str(list(shape)) if shape else "one number" for shape in shapes)
+        raise error(f"{name}: shape {list(x.shape)} must be {wanted}")
+    if isinstance(x, jax.Array):
+        return x.astype(jnp.int32)
+    beyond = (x < -MOST - 1) | (x > MOST)
+    if beyond.any():
+        raise error(f"{name}: {x[beyond].flat[0]} is beyond 32 bits")
+    return x.astype(np.int32)
+
+
+__all__ = ["whole", "is_concrete", "MOST"]
