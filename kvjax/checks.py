@@ -36,17 +36,18 @@ def whole(name: str, x: Any, shapes: tuple[tuple[int, ...], ...] | None = None, 
         try:
             x = np.asarray(x)
         except (TypeError, ValueError) as problem:
-            raise error(f"{name}: must be whole numbers in rows of equal length ({problem})") from None
+            raise error(f"{name} must be whole numbers in rows of equal length ({problem})") from None
     if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise error(f"{name}: {x.dtype}{list(x.shape)} must be whole numbers")
+        given = f"{x.dtype}{list(x.shape)}" if x.ndim else f"{x}"
+        raise error(f"{name} {given} must be whole numbers")
     if shapes is not None and x.shape not in shapes:
         wanted = " or ".join(str(list(shape)) if shape else "one number" for shape in shapes)
-        raise error(f"{name}: shape {list(x.shape)} must be {wanted}")
+        raise error(f"{name} has shape {list(x.shape)}, it must be {wanted}")
     if isinstance(x, jax.Array):
         return x.astype(jnp.int32)
     beyond = (x < -MOST - 1) | (x > MOST)
     if beyond.any():
-        raise error(f"{name}: {x[beyond].flat[0]} is beyond 32 bits")
+        raise error(f"{name} holds {x[beyond].flat[0]}, beyond 32 bits")
     return x.astype(np.int32)
 
 

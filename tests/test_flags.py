@@ -196,6 +196,68 @@ def test_an_id_outside_the_vocabulary_is_flagged_under_jit_and_refused_on_the_ho
         np.testing.assert_array_equal(np.isnan(found).any(axis=(1, 2)), [False, True, False])
 
 
+def test_what_is_still_wrong_shows_again_after_a_rewind_and_what_is_gone_does_not():
+    model = tiny(MIXED)
+    _, cache = filled(model, PLAN)
+    good, _ = kvjax.step(model, cache, np.array([1, 3, 2]))
+    _, bad = kvjax.step(model, cache, np.array([1, 2**30, 2]))
+    kept, _ = kvjax.step(model, bad.rewind(bad.lengths), np.array([1, 3, 2]))
+    np.testing.assert_array_equal(np.isnan(kept).all(axis=1), [False, True, False])
+    gone, after = kvjax.step(model, bad.rewind(cache.lengths), np.array([1, 3, 2]))
+    assert bits(gone) == bits(good) and not np.asarray(after.flags).any()
+    short = int(cache.lengths.max()) - 1
+    hole = jax.jit(lambda c: c.resize(short).resize(96))(cache)  # cuts the longest row
+    logits, _ = kvjax.step(model, hole, np.array([1, 3, 2]))
+    longest = np.asarray(cache.lengths) == int(cache.lengths.max())
+    np.testing.assert_array_equal(np.isnan(logits).all(axis=1), longest)
+
+
+def test_a_row_that_was_fed_nan_is_restored_by_a_rewind():
+    model = tiny(MIXED)
+    table = model.params["embed"]["table"]
+    poisoned = model.replace(params=model.params | {"embed": {"table": table.at[5].set(jnp.nan)}})
+    _, cache = filled(model, PLAN)
+    logits, bad = kvjax.step(poisoned, cache, np.array([1, 5, 2]))
+    np.testing.assert_array_equal(np.isnan(logits).any(axis=1), [False, True, False])
+    assert all(np.isfinite(bad.values(layer)).all() for layer in range(len(bad.layers)))
+    still, _ = kvjax.step(poisoned, bad.rewind(bad.lengths), np.array([1, 3, 2]))
+    assert np.isnan(still[1]).all()
+    want, _ = kvjax.step(poisoned, cache, np.array([1, 3, 2]))
+    found, _ = kvjax.step(poisoned, bad.rewind(cache.lengths), np.array([1, 3, 2]))
+    assert bits(found) == bits(want)
+
+
+def test_nothing_is_sampled_from_nan():
+    model = tiny(MIXED)
+    logits, cache = filled(model, PLAN)
+    broken = jnp.asarray(logits).at[1].set(jnp.nan)
+    for after in (
+        kvjax.decode(model, cache, broken, steps=2)[2],
+        kvjax.decode_until(model, cache, broken, max_new_tokens=2).cache,
+    ):
+        assert int(after.flags[1]) & NAN and not np.asarray(after.flags[::2]).any()
+
+
+def test_numbers_beyond_32_bits_do_not_wrap():
+    model, wide = tiny(MIXED), 2**32 + 1
+    logits, cache = filled(model, PLAN)
+    for call in (
+        lambda: kvjax.forward(model, np.array([[wide]])),
+        lambda: kvjax.step(model, cache, np.array([wide, 1, 2])),
+        lambda: kvjax.prefill(model, cache, np.array([[wide], [1], [2]])),
+        lambda: kvjax.decode_until(model, cache, logits, max_new_tokens=wide),
+        lambda: kvjax.decode_until(model, cache, logits, max_new_tokens=1, stop_ids=[wide]),
+        lambda: sampling.top_k(np.int64(wide)),
+        lambda: cache.take(np.array([wide])),
+        lambda: cache.rewind(np.array([wide, 1, 1])),
+    ):
+        with pytest.raises(ValueError, match="beyond 32 bits"):
+            call()
+    assert kvjax.generate(model, [[1, 2]], max_new_tokens=3).lengths[0] == 3
+    with pytest.raises(InputError, match="positions"):
+        kvjax.generate(tiny(dataclasses.replace(MIXED, max_positions=90)), [[1, 2]], max_new_tokens=2**63 - 1)
+
+
 def test_every_flag_has_a_meaning_of_its_own():
     assert len(MEANING) == len(set(MEANING.values())) == 7
     assert all(bit & (bit - 1) == 0 for bit in MEANING)

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "kvjax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = (
-    ("types", "struct", "errors", "timing"),
+    ("types", "struct", "errors", "checks", "timing"),
     ("ops",),
     ("config", "costs"),
     ("caches",),

@@ -144,7 +144,14 @@ def test_taken_rows_decode_as_the_rows_that_they_were(case):
 def test_rows_outside_the_batch_are_errors():
     _, cache = filled(tiny(MIXED), caches.dense())
     outside, odd = "is outside a batch of 3", "whole numbers"
-    for rows, message in (([3], f"row 3 {outside}"), ([0, -1], f"row -1 {outside}"), ([[0]], odd), ([0.5], odd)):
+    shape = r"it must be \[n\]"
+    for rows, message in (
+        ([3], f"row 3 {outside}"),
+        ([0, -1], f"row -1 {outside}"),
+        ([[0]], shape),
+        (np.zeros((0,), int), shape),
+        ([0.5], odd),
+    ):
         with pytest.raises(CacheError, match=message):
             cache.take(jnp.asarray(rows))
     with pytest.raises(CacheError, match="reorder: 2 rows given, the batch is 3"):

@@ -147,7 +147,7 @@ def test_numbers_out_of_range_are_errors_that_name_them():
         (lambda: sampling.temperature(float("nan")), "temperature"),
         (lambda: sampling.temperature(float("inf")), "temperature"),
         (lambda: sampling.top_k(-1), "top_k: k -1"),
-        (lambda: sampling.top_k(2.5), "top_k: k 2.5 is no whole number"),
+        (lambda: sampling.top_k(2.5), "top_k: k 2.5 must be whole"),
         (lambda: sampling.top_p(1.01), "top_p: p 1.01"),
         (lambda: sampling.top_p([0.5, -0.5]), "top_p"),
         (lambda: sampling.top_p(np.ones((2, 2))), "one number or one a row"),
