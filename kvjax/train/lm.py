@@ -30,27 +30,27 @@ class Settings:
     """Everything the result depends on besides the text. The defaults made the bundled model."""
 
     seed: int = 0
-    steps: int = 7200
+    steps: int = 9600
     batch: int = 8  # windows per optimiser step
     micro: int = 2  # windows per gradient; small ones stay in a core's cache
     context: int = 256  # tokens, the BOS included
     vocab: int = 768
-    width: int = 256
+    width: int = 192
     layers: int = 4
-    heads: int = 4
+    heads: int = 6
     kv_heads: int = 2
-    head_dim: int = 64
-    ffn: int = 608
+    head_dim: int = 32
+    ffn: int = 464
     lr: float = 1.5e-3
     warmup: int = 200
     final_lr: float = 0.02  # of lr
-    weight_decay: float = 0.8  # large: the text is read some thirty times
+    weight_decay: float = 0.8  # large: the text is read some forty times
     beta2: float = 0.99
     clip: float = 1.0  # of the gradient's global norm
     ema: float = 0.998
-    dropout: float = 0.15
+    dropout: float = 0.2
     recut: float = 0.5  # share of words cut anew in the first part of the run ...
-    recut_from: float = 0.0  # ... falling from this share of the run on ...
+    recut_from: float = 0.4  # ... falling from this share of the run on ...
     recut_until: float = 0.9  # ... to none at this one
     recut_drop: float = 0.25  # BPE-dropout of a word that is cut anew
     heldout_chars: int = 30_000
