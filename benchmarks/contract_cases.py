@@ -378,7 +378,7 @@ def feed_tree(m: Model, cache: Cache, tokens: Array, tree: Tree) -> tuple[Array,
     """Logits `[B, S, V]` of every token of a tree, and the cache that holds them all."""
     valid = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
     x, cache = feed(m, cache, tokens, valid, tree)
-    return finish(m, cache, x, tokens, valid)
+    return finish(m, cache, x, valid)
 
 
 def tree(broken: bool, full: bool = True) -> dict[str, float]:
