@@ -156,8 +156,8 @@ def kept(cache: Cache) -> dict[str, np.ndarray]:
 
 def slots(cache: Cache, row: int) -> list[bytes]:
     """What all slots of a row hold, whether live or not."""
-    every = [node.contents(cache.lengths, cache.shared) for node in cache.layers if not node.replays]
-    return bits([(keys[row], values[row]) for keys, values, _ in every])
+    every = [node.contents(cache.lengths, cache.shared)[:2] for node in cache.layers if not node.replays]
+    return [np.asarray(x)[row].tobytes() for pair in every for x in pair]
 
 
 def same(cache: Cache, other: Cache, what: str, row: int | None = None, other_row: int | None = None) -> None:
@@ -171,10 +171,11 @@ def same(cache: Cache, other: Cache, what: str, row: int | None = None, other_ro
     pairs = [(row, row if other_row is None else other_row)] if row is not None else [(r, r) for r in range(cache.batch)]
     expect(row is not None or cache.batch == other.batch, f"{what}: {cache.batch} rows for {other.batch}")
     mine, theirs = kept(cache), kept(other)
+    tokens, others, sizes, wanted = (np.asarray(x) for x in (cache.tokens, other.tokens, cache.lengths, other.lengths))
     for a, b in pairs:
-        size, want = int(cache.lengths[a]), int(other.lengths[b])
+        size, want = int(sizes[a]), int(wanted[b])
         expect(size == want, f"{what}: row {a} has length {size}, not {want}")
-        equal(cache.tokens[a, :size], other.tokens[b, :size], f"{what}: tokens of row {a}")
+        equal(tokens[a, :size], others[b, :size], f"{what}: tokens of row {a}")
         for layer in range(len(cache.layers)):
             for name in ("positions", "keys", "values"):
                 if f"{name} {layer} {a}" in mine or f"{name} {layer} {b}" in theirs:

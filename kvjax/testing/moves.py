@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from kvjax.testing.cases import (
     same,
     steps_over,
 )
+from kvjax.testing.programs import operate, perform
 
 FEED = prompt_ids(8, 8)[:, :3]
 MORE = np.array([4, 9, 12])
@@ -74,7 +74,7 @@ def release(case: Case) -> None:
     again = np.where(np.arange(3) == 1, PROMPTS, 0)
     logits, refilled = prefill(model, freed, prompt_ids(), again)
     first, _ = prefill(model, bare, prompt_ids(), PROMPTS)
-    equal(logits[1], first[1], "logits of a row that was released and filled again")
+    equal(np.asarray(logits)[1], np.asarray(first)[1], "logits of a row that was released and filled again")
     same(refilled, cache, "released and filled again")
     got, after = steps_over(model, refilled, FEED[:2])
     equal(got, want, "logits after a release")
@@ -87,7 +87,7 @@ def resize(case: Case) -> None:
     wide = cache.resize(CAPACITY + 32)
     expect(wide.capacity == CAPACITY + 32, f"capacity {wide.capacity}")
     same(wide, cache, "grown")
-    equal(wide.tokens[:, CAPACITY:], jnp.full((BATCH, 32), -1, jnp.int32), "new places for tokens")
+    equal(np.asarray(wide.tokens)[:, CAPACITY:], np.full((BATCH, 32), -1, np.int32), "new places for tokens")
     equal(wide.resize(CAPACITY), cache, "grown and cut back")
     tight = cache.resize(16)
     same(tight, cache, "cut to the longest row")
@@ -97,28 +97,22 @@ def resize(case: Case) -> None:
     same(after, end, "fed on after cutting and growing")
 
 
-def operations(case: Case) -> dict[str, Callable[[Cache], Cache]]:
-    """Every operation on a cache of the case's prompts, with its arguments."""
-    order, back = jnp.array([2, 0, 1]), jnp.asarray(PROMPTS - np.minimum(PROMPTS, [2, 0, 1] if case.slack != 0 else 0))
-    if case.slack == 1:
-        back = jnp.asarray(PROMPTS - np.array([1, 0, 1]))
-    made: dict[str, Callable[[Cache], Cache]] = {
-        "take": lambda cache: cache.take(order),
-        "reorder": lambda cache: cache.reorder(order),
-        "fork": lambda cache: cache.fork(2),
-        "join": lambda cache: cache.join(cache),
-        "insert": lambda cache: cache.insert(order[1:], cache.take(order[:2])),
-        "release": lambda cache: cache.release(order[:1]),
-        "grow": lambda cache: cache.resize(CAPACITY + 32),
-        "cut": lambda cache: cache.resize(16),
-        "rewind": lambda cache: cache.rewind(back),
+def operations(case: Case) -> dict[str, np.ndarray]:
+    """Every operation that feeds nothing, with an argument for `programs.perform` on a cache of the case's prompts."""
+    back = [min(n, 8 if case.slack is None else case.slack) for n in (2, 0, 1)]
+    made = {
+        "take": [2, 0, 0],
+        "reorder": [2, 0, 1],
+        "fork": [2, 0, 1],
+        "join": [5, 0, 3],
+        "insert": [1, 2],
+        "release": [1],
+        "resize": [],
+        "rewind": [n - less for n, less in zip(PROMPTS, back, strict=True)],
     }
     if case.slack is None or case.slack >= 2:
-        longer = jnp.maximum(jnp.asarray(PROMPTS), 2)
-        made["keep"] = lambda cache: cache.replace(lengths=longer).keep(
-            longer - 2, jnp.array([[0, 1]] * 3), jnp.array([1, 2, 2])
-        )
-    return {name: call for name, call in made.items() if name not in case.refuses}
+        made["keep"] = [1, 2, 2]
+    return {name: np.array(argument, np.int32) for name, argument in made.items() if name not in case.refuses}
 
 
 def jit_is_eager(case: Case) -> None:
@@ -126,9 +120,10 @@ def jit_is_eager(case: Case) -> None:
 
     An overlapping slice-set is right eagerly and silently wrong under jit on CPU (openxla/xla#49176).
     """
-    _, cache = case.filled()
-    for name, call in operations(case).items():
-        equal(jax.jit(call)(cache), call(cache), f"{name}: jit and eager")
+    (_, cache), (_, other) = case.filled(), case.filled(7, MORE)
+    for name, argument in operations(case).items():
+        compiled = operate(cache, name, jnp.asarray(argument), other)
+        equal(compiled, perform(cache, name, argument, other), f"{name}: jit and eager")
 
 
 def types(case: Case) -> None:
@@ -157,8 +152,8 @@ def value(case: Case) -> None:
     before = bits((logits, cache))
     step(case.model, cache, FEED[0])
     prefill(case.model, cache, prompt_ids(2), np.array([2, 0, 1]))
-    for call in operations(case).values():
-        jax.block_until_ready(call(cache))
+    for name, argument in operations(case).items():
+        jax.block_until_ready(perform(cache, name, argument, case.filled(7, MORE)[1]))
     for node in cache.layers:
         if not node.replays:
             node.contents(cache.lengths, cache.shared)
@@ -184,13 +179,14 @@ def vmap(case: Case) -> None:
     logits, after = jax.jit(jax.vmap(play, in_axes=(None, 0, 0)))(
         case.model, jax.tree.map(lambda *x: jnp.stack(x), *made), tokens
     )
+    logits = np.asarray(logits)
     for i, cache in enumerate(made):
-        want, one = play(case.model, cache, tokens[i])
+        want, one = play(case.model, cache, jnp.asarray(FEED[i]))
         # Batched contractions sum in another order; three digits tell a wrong row or slot from that.
-        close = np.allclose(logits[i], want, rtol=1e-3, atol=1e-3 * float(jnp.abs(want).max()))
-        expect(close, f"cache {i}: logits under vmap differ by {float(jnp.abs(logits[i] - want).max())}")
-        equal(after.lengths[i], one.lengths, "lengths under vmap")
-        equal(after.flags[i], one.flags, "flags under vmap")
+        close = np.allclose(logits[i], want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+        expect(close, f"cache {i}: logits under vmap differ by {np.abs(logits[i] - want).max()}")
+        for what in ("lengths", "flags"):
+            equal(np.asarray(getattr(after, what))[i], getattr(one, what), f"{what} under vmap")
 
 
 def gradients(case: Case) -> None:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -57,14 +58,14 @@ def program(choose: Choose, count: int, slack: int | None, refuses: tuple[str, .
             yield name, lengths
         elif name == "insert":
             row, source = choose(0, BATCH - 1), choose(0, BATCH - 1)
-            yield name, (row, source)
+            yield name, np.array([row, source])
             lengths[row] = written[row] = LENGTHS[source]
         elif name == "release":
             row = choose(0, BATCH - 1)
-            yield name, row
+            yield name, np.array([row])
             lengths[row] = written[row] = 0
         elif name == "resize":
-            yield name, CAPACITY + 32
+            yield name, np.zeros(0, int)
         else:
             rows = np.array([choose(0, BATCH - 1) for _ in range(BATCH)])
             yield name, rows
@@ -73,16 +74,23 @@ def program(choose: Choose, count: int, slack: int | None, refuses: tuple[str, .
 
 
 def perform(cache: Cache, name: str, argument: Any, other: Cache) -> Cache:
-    """The cache after an operation that feeds nothing."""
-    if name == "insert":
-        return cache.insert([argument[0]], other.take([argument[1]]))
+    """The cache after an operation that feeds nothing; as shapes do not depend on the argument, also under `jit`."""
+    if name == "insert":  # row, and row of the other cache
+        return cache.insert(argument[:1], other.take(argument[1:]))
     if name == "resize":
-        return cache.resize(argument).resize(cache.capacity)
+        return cache.resize(cache.capacity + 32).resize(cache.capacity)
     if name == "fork":
         return cache.fork(2).take(2 * argument + 1)
-    if name == "release":
-        return cache.release([argument])
-    return getattr(cache, name)(jnp.asarray(argument, jnp.int32))
+    if name == "join":
+        return cache.join(other).take(argument)
+    if name == "keep":  # of the last two tokens, or of the last two places of a row that has fewer
+        longer = jnp.maximum(cache.lengths, 2)
+        return cache.replace(lengths=longer).keep(longer - 2, jnp.array([[0, 1]] * BATCH), argument)
+    return getattr(cache, name)(argument)
+
+
+operate = jax.jit(perform, static_argnames="name")
+"""`perform`, compiled once for each operation and plan."""
 
 
 # ---------------------------------------------------------------- against no cache
@@ -121,7 +129,7 @@ def _play(case: Case, seed: int, count: int, slack: int | None) -> Iterator[tupl
             cache = after if name == "step" else cache
             yield name, np.asarray(after.lengths), np.asarray(logits)
         else:
-            cache = perform(cache, name, argument, other)
+            cache = operate(cache, name, jnp.asarray(argument, jnp.int32), other)
     cache.check()
 
 
@@ -133,17 +141,18 @@ def _spelled(params: Any, config: int, cache: Any, tokens: Any, valid: Any) -> t
     logits = jnp.zeros((*tokens.shape, VOCAB))
     for layer in range(config):
         h = jnp.stack([tokens, cache.positions, jnp.full_like(tokens, layer)], axis=-1).astype(logits.dtype) + params
-        out, cache = attend(cache, layer, q=jnp.ones((*tokens.shape, 2, 4)), kv=_spell, h=h)
+        out, cache = attend(cache, layer, q=jnp.ones((*tokens.shape, 4, 8)), kv=_spell, h=h)
         logits = logits + out[:, :, 0, :1]
     return logits, cache
 
 
-def _spell(h: Any) -> tuple[Any, Any]:
-    """`h [B, S, 3]`: token, position, layer, to keys and values `[B, S, 2 heads, 4]`."""
+def _spell(h: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """`h [B, S, 3]`: token, position, layer, to keys and values `[B, S, 2 heads, 8]`, as wide as the tiny models'."""
     token, position, layer = h[..., 0], h[..., 1], h[..., 2]
-    k = jnp.stack([token, position, layer, token - position], axis=-1)[:, :, None, :]
-    both = jnp.concatenate([k, -k], axis=2)
-    return both, both[..., ::-1] / 2
+    k = xp.stack([token, position, layer, token - position], axis=-1)[:, :, None, :]
+    both = xp.concatenate([k, -k], axis=2)
+    wide = xp.concatenate([both, both / 4], axis=-1)
+    return wide, wide[..., ::-1] / 2
 
 
 class Books:
@@ -160,7 +169,7 @@ class Books:
             self.tokens[row] += tokens[row, :n].tolist()
             for layer, rows in enumerate(self.rows):
                 h = np.array([[t, start + i, layer] for i, t in enumerate(tokens[row, :n])], np.float32).reshape(1, n, 3)
-                keys, values = (np.asarray(x)[0] for x in _spell(jnp.asarray(h)))
+                keys, values = (x[0] for x in _spell(h, np))
                 held = _held(cache, layer, row)
                 for i in range(n):
                     found = held.get(start + i, (keys[i], values[i]))
@@ -179,17 +188,18 @@ class Books:
             elif name == "insert":
                 rows[argument[0]] = others[argument[1]]
             elif name == "release":
-                rows[argument] = []
+                rows[argument[0]] = []
             elif name != "resize":
                 rows = [rows[row] for row in argument]
             lists[:] = [list(row) for row in rows]
 
     def compare(self, cache: Cache, what: str) -> None:
         """Lengths, tokens, positions and what live slots hold, bit by bit."""
+        lengths, fed = np.asarray(cache.lengths), np.asarray(cache.tokens)
         for row, tokens in enumerate(self.tokens):
             size = len(tokens)
-            expect(int(cache.lengths[row]) == size, f"{what}: row {row} has length {cache.lengths[row]}, not {size}")
-            expect(np.asarray(cache.tokens[row, :size]).tolist() == tokens, f"{what}: tokens of row {row}")
+            expect(lengths[row] == size, f"{what}: row {row} has length {lengths[row]}, not {size}")
+            expect(fed[row, :size].tolist() == tokens, f"{what}: tokens of row {row}")
             for layer, rows in enumerate(self.rows):
                 if cache.layers[layer].replays:
                     continue
@@ -235,9 +245,10 @@ def bookkeeping(case: Case, choose: Choose | None = None, count: int = 24) -> No
         elif name == "look":
             step(model, cache, argument)
         else:
-            cache = perform(cache, name, argument, other)
+            cache = operate(cache, name, jnp.asarray(argument, jnp.int32), other)
+            expect(not np.asarray(cache.flags).any(), f"{name} set the flags {cache.flags}")
             books.perform(name, argument, other_books)
         books.compare(cache, name)
 
 
-__all__ = ["any_program", "bookkeeping", "program", "perform", "seeded", "Books", "Choose", "OPERATIONS"]
+__all__ = ["any_program", "bookkeeping", "program", "perform", "operate", "seeded", "Books", "Choose", "OPERATIONS"]
