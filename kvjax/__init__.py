@@ -8,6 +8,7 @@ from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.host import Generated, generate
+from kvjax.loops.resume import resume
 from kvjax.model import Model, attend, cache_nbytes, decoder, forward, init_cache
 from kvjax.params import init_params
 
@@ -37,6 +38,7 @@ __all__ = [
     "init_params",
     "load",
     "prefill",
+    "resume",
     "sampling",
     "step",
 ]
