@@ -10,6 +10,7 @@ from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.host import Generated, generate
 from kvjax.model import Model, attend, cache_nbytes, decoder, forward, init_cache
 from kvjax.params import init_params
+from kvjax.persist import load_cache, save_cache
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,9 @@ __all__ = [
     "init_cache",
     "init_params",
     "load",
+    "load_cache",
     "prefill",
     "sampling",
+    "save_cache",
     "step",
 ]
