@@ -11,6 +11,7 @@ from kvjax.loops.host import Generated, generate
 from kvjax.loops.resume import resume
 from kvjax.model import Model, attend, cache_nbytes, decoder, forward, init_cache
 from kvjax.params import init_params
+from kvjax.persist import load_cache, save_cache
 
 __version__ = "0.1.0"
 
@@ -37,8 +38,10 @@ __all__ = [
     "init_cache",
     "init_params",
     "load",
+    "load_cache",
     "prefill",
     "resume",
     "sampling",
+    "save_cache",
     "step",
 ]

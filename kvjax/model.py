@@ -220,11 +220,12 @@ def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int)
     shapes = model.layer_shapes()
     if plan is None:
         plan = tuple(plans.for_window(shape.window) for shape in shapes)
-    layers = plans.init_layers(plan, shapes, batch, capacity)
+    kinds = plans.kinds_of(plan, shapes)
+    layers = plans.init_layers(kinds, shapes, batch, capacity)
     # Three arrays, not one three times: a buffer cannot be donated twice.
     lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
-    shared = plans.init_shared(plan, shapes, batch, capacity)
-    return Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags)
+    shared = plans.init_shared(kinds, shapes, batch, capacity)
+    return Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags, kinds)
 
 
 def cache_nbytes(model: Model, plan: Any = None, *, batch: int = 1, capacity: int) -> int:
