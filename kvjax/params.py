@@ -69,8 +69,8 @@ def abstract_params(config: Config, dtype: DType = jnp.float32) -> Params:
 
 
 def init_params(config: Config, key: Array, dtype: DType = jnp.float32) -> Params:
-    """Random parameters: scales one, biases and offsets zero, the rest normal with deviation 0.02 (GPT-2), maps back into the
-    residual stream divided by sqrt(2L).
+    """Random parameters: scales one, biases and offsets zero, the rest normal with deviation 0.02 (GPT-2), maps back
+    into the residual stream divided by sqrt(2L).
 
     Args:
         config: the model.

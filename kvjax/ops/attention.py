@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,7 @@ class View(struct.Value):
             share a position and do not see each other. None: arithmetic alone.
         window: a query sees positions less than `window` behind it; None sees all.
         sinks: positions below it are seen whatever the window.
+        rotated: whether the keys are stored turned to their positions; if not, they are turned when they are read.
     """
 
     k: Array
@@ -82,6 +83,7 @@ class View(struct.Value):
     visible: Array | None = None
     window: int | None = struct.static(default=None)
     sinks: int = struct.static(default=0)
+    rotated: bool = struct.static(default=True)
 
 
 def visible(query: Array, key: Array, window: int | None, sinks: int) -> Array:
@@ -125,8 +127,9 @@ def attention(
     Scores and softmax are at least float32. Views are joined by their maxima and sums (Milakov and Gimelshein 2018,
     1805.02867; Hydragen, Juravsky et al. 2024, 2402.05099).
     """
-    run = functools.partial(_attend, kv_heads=kv_heads, scale=scale, window=window, softcap=softcap, rotate=rotate)
     b, s, h, d = q.shape
+    rule = _Rule(d**-0.5 if scale is None else scale, window, softcap, rotate)
+    run = functools.partial(_attend, kv_heads=kv_heads, rule=rule)
     if s <= BLOCK or sum(_slots(view) for view in views) <= BLOCKWISE_ABOVE:
         return run(q, positions, views)
     # Blocks of queries bound the scores at BLOCK x T: temporary memory grows with S, not with S x T.
@@ -152,24 +155,22 @@ def _slots(view: View) -> int:
     return view.positions.shape[-1] * (1 if view.pages is None else view.pages[1].shape[1])
 
 
-def _attend(
-    q: Array,
-    positions: Array,
-    views: tuple[View, ...],
-    *,
-    kv_heads: int,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-    rotate: Callable[[Array, Array], Array] | None,
-) -> Array:
+class _Rule(NamedTuple):
+    """How scores are made, alike for all views; see `attention`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    rotate: Callable[[Array, Array], Array] | None
+
+
+def _attend(q: Array, positions: Array, views: tuple[View, ...], *, kv_heads: int, rule: _Rule) -> Array:
     b, s, h, d = q.shape
-    scale = d**-0.5 if scale is None else scale
     parts = []
     for view in views:
         at = positions if view.query_positions is None else view.query_positions
-        turned = q if rotate is None else rotate(q, at)
-        parts.append(_partial(turned, positions, view, kv_heads, scale, window, softcap))
+        turned = q if rule.rotate is None else rule.rotate(q, at)
+        parts.append(_partial(turned, positions, view, kv_heads, rule))
     top = functools.reduce(jnp.maximum, [m for m, _, _ in parts])
     weights = [jnp.exp(m - top) for m, _, _ in parts] if len(parts) > 1 else [None]
     total = functools.reduce(jnp.add, [_weigh(n, w) for (_, n, _), w in zip(parts, weights, strict=True)])
@@ -186,23 +187,16 @@ def _weigh(x: Array, weight: Array | None) -> Array:
 
 
 def _partial(
-    q: Array,
-    positions: Array,
-    view: View,
-    kv_heads: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    lift: Array | None = None,
+    q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule, lift: Array | None = None
 ) -> tuple[Array, Array, Array]:
     """One view's share: maxima and sums `[B, K, G * S]`, unnormalised output `[B, K, G * S, D]`.
 
-    `lift[B, S, H]` is added to every score of a query.
+    `lift[B, S, H]` is added to every scaled score of a query.
     """
     if view.absorb is not None:
-        return _absorbed(q, positions, view, kv_heads, scale, window, softcap)
+        return _absorbed(q, positions, view, kv_heads, rule)
     if view.pages is not None:
-        return _paged(q, positions, view, kv_heads, scale, window, softcap, lift)
+        return _paged(q, positions, view, kv_heads, rule, lift)
     b, s, h, d = q.shape
     lead, k = view.k.shape[:-2], kv_heads
     g, rows = h // k, math.prod(lead) // k
@@ -215,15 +209,19 @@ def _partial(
 
     q = queries(q)
     keys, k_scale = _decoded(view.k, view.k_scale, q.dtype)
+    if not view.rotated and rule.rotate is not None:
+        keys = _turned(keys, view.positions, rows, rule.rotate)
     # Scaled here and not in q: a half-precision q would round the scale into every score.
-    scores = _contract(q, keys, q.ndim - 1, keys.ndim - 1, len(lead), precise) * scale  # [*lead, share * G * S, T]
+    scores = _contract(q, keys, q.ndim - 1, keys.ndim - 1, len(lead), precise) * rule.scale  # [*lead, share * G * S, T]
     if k_scale is not None:
         scores = scores * k_scale[..., None, :].astype(precise)
     if lift is not None:
         scores = scores + queries(lift[..., None])
-    if softcap is not None:
-        scores = softcapped(scores, softcap)
-    scores = jnp.where(_mask(positions, view, window, (rows, k, share, g, s)).reshape(scores.shape), scores, MASKED)
+    if rule.softcap is not None:
+        scores = softcapped(scores, rule.softcap)
+    scores = jnp.where(
+        _mask(positions, view, rule.window, (rows, k, share, g, s)).reshape(scores.shape), scores, MASKED
+    )
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1)
@@ -248,6 +246,14 @@ def _decoded(x: Array, scale: Array | None, dtype: jnp.dtype) -> tuple[Array, Ar
     return (groups * scale[..., None, :].astype(dtype)).reshape(x.shape), None
 
 
+def _turned(keys: Array, positions: Array, rows: int, rotate: Callable[[Array, Array], Array]) -> Array:
+    """Keys `[*lead, T, D]` that are stored as they were projected, turned to their positions."""
+    heads = keys.reshape(-1, *keys.shape[-2:])[:, :, None]  # every head of every row as a row of one head
+    at = positions[:: max(positions.shape[0] // rows, 1)]
+    at = jnp.repeat(at, heads.shape[0] // at.shape[0], axis=0)
+    return rotate(heads, at).reshape(keys.shape)
+
+
 def _mask(positions: Array, view: View, window: int | None, shape: tuple[int, ...]) -> Array:
     """What each query sees, `[R, K, share, G, S, T]`."""
     rows, k, share, g, s = shape
@@ -268,9 +274,7 @@ def _contract(a: Array, b: Array, a_axis: int, b_axis: int, batch: int, precise:
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (axes, axes)), preferred_element_type=precise)
 
 
-def _absorbed(
-    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None, softcap: float | None
-) -> tuple[Array, Array, Array]:
+def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule) -> tuple[Array, Array, Array]:
     assert view.absorb is not None
     maps = view.absorb
     b, s, h, d = q.shape
@@ -278,10 +282,10 @@ def _absorbed(
     q = q.reshape(b, s, kv_heads, -1, d)
     wide = jnp.einsum("bskgd,kde->bskge", q, maps.query_map.astype(q.dtype)).reshape(b, s, h, -1)
     lift = None
-    if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it, and a cap sees it
+    if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it, and a cap bends it
         lift = jnp.einsum("bskgd,kd->bskg", q, maps.key_bias.astype(q.dtype), preferred_element_type=precise)
-        lift = lift.reshape(b, s, h) * scale
-    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, scale, window, softcap, lift)
+        lift = lift.reshape(b, s, h) * rule.scale
+    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, rule._replace(rotate=None), lift)
     top, total = (x.reshape(b, kv_heads, -1) for x in (top, total))  # heads are K-major: [B, K, G * S]
     out = out.reshape(b, kv_heads, top.shape[-1], -1)
     out = jnp.einsum("bkme,ked->bkmd", out, maps.value_map.astype(out.dtype))
@@ -291,21 +295,14 @@ def _absorbed(
 
 
 def _paged(
-    q: Array,
-    positions: Array,
-    view: View,
-    kv_heads: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    lift: Array | None,
+    q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule, lift: Array | None
 ) -> tuple[Array, Array, Array]:
     # Every page attends for its owner, then each row gathers the small partial results of its pages: gathering the
     # pages themselves would copy the pool at every step.
     assert view.pages is not None
     owner, table = view.pages
     lift = None if lift is None else lift[owner]
-    parts = _partial(q[owner], positions[owner], view.replace(pages=None), kv_heads, scale, window, softcap, lift)
+    parts = _partial(q[owner], positions[owner], view.replace(pages=None), kv_heads, rule, lift)
     none = (table < 0)[:, :, None, None]
     top, total, out = (x[jnp.maximum(table, 0)] for x in parts)  # [B, n, K, G * S(, D)]
     top = jnp.where(none, MASKED, top)

@@ -57,6 +57,30 @@ _GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+_GEMMA = {
+    "model_type": "gemma2",
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 12.0,
+}
+_GEMMA3 = {
+    **{key: value for key, value in _GEMMA.items() if "softcapping" not in key},
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
 # Original lengths of 16 to 32 lie inside the tested one, so that text crosses them.
 CASES = (
     Case("gpt2", {**_GPT2}, gain=2.0),
@@ -165,6 +189,45 @@ CASES = (
             "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
         },
         gain=1.75,
+    ),
+    # Windows shorter than the text, caps that bite, heads that are not a share of the width.
+    Case("gemma2", {**_GEMMA, "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0}),
+    Case(
+        "gemma2_untied_types",
+        {
+            **_GEMMA,
+            "model_type": "gemma2",
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
+    Case(
+        "gemma3_old_layout",
+        {
+            **_GEMMA3,
+            "sliding_window_pattern": 3,
+            "rope_theta": 50000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    Case(
+        "gemma3_new_layout",
+        {
+            **_GEMMA3,
+            "num_hidden_layers": 3,
+            "final_logit_softcapping": 9.0,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+            "_sliding_window_pattern": 6,
+        },
     ),
 )
 
