@@ -25,11 +25,13 @@ class Case:
         name: of its golden file.
         config: config.json as a hub file would have it.
         gain: deviation of a matrix's entries, times sqrt(inputs); high enough that greedy text does not loop.
+        centre: around which the vectors lie that are no biases; 0 for norms that add 1 themselves.
     """
 
     name: str
     config: dict[str, Any]
     gain: float = 1.25
+    centre: float = 1.0
 
 
 _LLAMA = {
@@ -73,11 +75,13 @@ _GEMMA = {
     "sliding_window": 7,
     "attn_logit_softcapping": 3.0,
     "final_logit_softcapping": 12.0,
+    "tie_word_embeddings": False,
 }
 _GEMMA3 = {
     **{key: value for key, value in _GEMMA.items() if "softcapping" not in key},
     "model_type": "gemma3_text",
     "num_hidden_layers": 4,
+    "query_pre_attn_scalar": 6,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
@@ -191,19 +195,19 @@ CASES = (
         gain=1.75,
     ),
     # Windows shorter than the text, caps that bite, heads that are not a share of the width.
-    Case("gemma2", {**_GEMMA, "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh", "rope_theta": 10000.0}),
+    Case("gemma2", {**_GEMMA, "hidden_act": "gelu_pytorch_tanh"}, gain=2.5, centre=0),
     Case(
-        "gemma2_untied_types",
+        "gemma2_types_bias",
         {
             **_GEMMA,
-            "model_type": "gemma2",
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
             "attention_bias": True,
-            "tie_word_embeddings": False,
             "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
         },
+        gain=1.75,
+        centre=0,
     ),
     Case(
         "gemma3_old_layout",
@@ -214,6 +218,8 @@ CASES = (
             "rope_local_base_freq": 100.0,
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
+        gain=1.75,
+        centre=0,
     ),
     Case(
         "gemma3_new_layout",
@@ -228,11 +234,13 @@ CASES = (
             },
             "_sliding_window_pattern": 6,
         },
+        gain=1.5,
+        centre=0,
     ),
 )
 
 
-def weights(shapes: dict[str, tuple[int, ...]], seed: int, gain: float) -> dict[str, np.ndarray]:
+def weights(shapes: dict[str, tuple[int, ...]], seed: int, gain: float, centre: float = 1.0) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint from its name and a seed.
 
     From the raw words of the bit generator, which NumPy promises to keep, unlike the distributions on top of them.
@@ -240,7 +248,7 @@ def weights(shapes: dict[str, tuple[int, ...]], seed: int, gain: float) -> dict[
     Args:
         shapes: by the checkpoint's own names.
         seed: which model.
-        gain: of matrices, see `Case`.
+        gain, centre: see `Case`.
 
     Returns:
         float32 arrays.
@@ -250,7 +258,7 @@ def weights(shapes: dict[str, tuple[int, ...]], seed: int, gain: float) -> dict[
         words = np.random.PCG64([seed, zlib.crc32(name.encode())]).random_raw(math.prod(shape))
         uniform = ((words >> np.uint64(40)).astype(np.float64) / 2**23 - 1).reshape(shape) * math.sqrt(3)  # deviation 1
         if len(shape) == 1:
-            made[name] = (0.2 * uniform + (0 if name.endswith("bias") else 1)).astype(np.float32)
+            made[name] = (0.2 * uniform + (0 if name.endswith("bias") else centre)).astype(np.float32)
         elif "emb" in name or name.endswith(("wte.weight", "wpe.weight")):
             made[name] = (0.15 * uniform).astype(np.float32)
         else:
