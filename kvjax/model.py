@@ -223,7 +223,7 @@ def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int)
     layers = plans.init_layers(plan, shapes, batch, capacity)
     # Three arrays, not one three times: a buffer cannot be donated twice.
     lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
-    shared = plans.init_shared(plan, len(shapes), batch, capacity)
+    shared = plans.init_shared(plan, shapes, batch, capacity)
     return Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags)
 
 

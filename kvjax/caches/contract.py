@@ -261,6 +261,10 @@ class Node(struct.Value):
 class Kind:
     """A word of a plan: hashable, makes a layer's node."""
 
+    def of(self, shape: LayerShape) -> Kind:
+        """The kind that this word means for a layer: itself, but for a word that chooses among others."""
+        return self
+
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
         """An empty node for `batch` rows and `capacity` tokens."""
         raise NotImplementedError
