@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from kvjax.caches.base import Kind, LayerShape
 from kvjax.caches.dense import dense
+from kvjax.caches.paged import paged
 from kvjax.caches.recompute import recompute
 from kvjax.caches.ring import ring
 from kvjax.config import Config
@@ -97,7 +98,7 @@ def _checked(kind: Any) -> Kind:
     return kind
 
 
-def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, recompute)) -> Any:
+def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, paged, recompute)) -> Any:
     """Reads a kind as it stands in Python, `ring(1024, sinks=4)`; parsed, never evaluated.
 
     Args:
