@@ -187,7 +187,7 @@ class Cache(struct.Value):
         target = jnp.clip(target, 0, self.lengths)
         shared, refused = _ask(self.shared, lambda entry: entry.rewind(target), jnp.zeros_like(target))
         if is_concrete(refused):
-            for row in np.flatnonzero(refused):
+            for row in map(int, np.flatnonzero(refused)):
                 why = "needs a page of its own" if refused[row] & PAGES else "goes into what other rows share"
                 raise CacheError(f"rewind: row {row} to length {int(target[row])} {why}: {_meaning(refused[row])}")
         target = jnp.where(refused != 0, self.lengths, target)

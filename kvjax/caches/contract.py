@@ -176,7 +176,7 @@ class Shared(struct.Value):
         return self, jnp.zeros_like(lengths)
 
     def own(self, places: Array) -> tuple[Any, Array]:
-        """Makes what lies at `places[B, n]` in the order of feeding, EMPTY for none, the row's own: it will be written."""
+        """Makes `places[B, n]` in the order of feeding, EMPTY for none, the row's own: they will be written."""
         return self, jnp.zeros(places.shape[:1], jnp.int32)
 
     def release(self, rows: Array) -> tuple[Any, Array]:

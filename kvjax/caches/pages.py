@@ -115,7 +115,7 @@ class Pages(Shared):
         return self._read_by(jnp.where(rows[:, None], -1, self.table)), jnp.zeros(rows.shape, jnp.int32)
 
     def take(self, rows: Array) -> tuple[Pages, Array]:
-        """See `Shared`. Rows with the same text share its full pages, up to W each; pages are numbered anew, row by row.
+        """See `Shared`. Rows with the same text share its full pages, up to W each; pages get new numbers, row by row.
 
         A row whose pages do not fit a pool of a given size has none, and is flagged now and whenever it is fed.
         """
