@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
-from models import FULL, MIXED, WINDOW, WINDOWED, tiny
+from models import FULL, MIXED, WINDOW, WINDOWED
 
-from kvjax import caches
+from kvjax import caches, testing
 from kvjax.caches import plans
-from kvjax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A plan, a model that it is exact on, and the reference that it must equal.
+class Case(testing.Case):
+    """A case of the contract suite; `full` ones run in the full suite only."""
 
-    Args:
-        name: for people.
-        plan: under test.
-        config: of the model.
-        reference: computes the same from scratch.
-        keeps: whether there are keys and values to look at.
-        slack: tokens that a row can be rewound; None is any number.
-        full: runs in the full suite only.
-    """
-
-    name: str
-    plan: Any
-    config: Config = MIXED
-    reference: Any = caches.recompute()
-    keeps: bool = True
-    slack: int | None = None
-    full: bool = False
-
-    @property
-    def model(self):
-        return tiny(self.config)
+    full: bool = dataclasses.field(default=False, kw_only=True)
 
 
 W = WINDOW
@@ -63,7 +41,7 @@ TABLE = {
         Case("default plan", caches.default(MIXED), slack=plans.SLACK, full=True),
     ),
     caches.paged: (
-        Case("paged", caches.paged(8)),
+        Case("paged", caches.paged(8), scarce=caches.paged(8, pages=4)),
         Case("paged and shared", caches.paged(8, share=2)),
         Case("pages of a pool", caches.paged(5, pages=60), full=True),
         Case("paged everywhere windowed", caches.paged(16, share=3), WINDOWED, full=True),

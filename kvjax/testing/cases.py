@@ -31,9 +31,12 @@ SAMPLER = sampling.chain(sampling.temperature(0.9))
 
 
 @functools.cache
-def tiny(config: Config = FULL, seed: int = 0, dtype: Any = jnp.float32) -> Model:
-    """A random decoder. Its weights are 20 times larger than at initialisation: otherwise it repeats a few tokens."""
-    params = init_params(config, jax.random.key(seed), dtype)
+def tiny(config: Config = FULL, seed: int = 0, dtype: Any = None) -> Model:
+    """A random decoder, in float32, or float64 where JAX has it enabled.
+
+    Its weights are 20 times larger than at initialisation: otherwise it repeats a few tokens.
+    """
+    params = init_params(config, jax.random.key(seed), jnp.result_type(float) if dtype is None else dtype)
     return decoder(config, jax.tree.map(lambda x: x * 20 if x.ndim > 1 else x, params))
 
 
@@ -52,6 +55,8 @@ class Case:
         refuses: operations that it cannot do at all, each a row of `kvjax.testing.REFUSED`.
         begin: `(model, plan, batch, capacity) -> Cache` for plans whose caches do not begin empty; None is
             `init_cache`.
+        scarce: for kinds whose layers share something that can run out, a plan that has enough for the prompts of the
+            suite, 16, 7 and 1 tokens, and not for a token more in the first row.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Case:
     exact: bool = True
     refuses: tuple[str, ...] = ()
     begin: Callable[..., Cache] | None = None
+    scarce: Any = None
 
     @property
     def model(self) -> Model:

@@ -17,7 +17,7 @@ from kvjax.caches.base import CAPACITY as FULL_CACHE
 from kvjax.caches.base import REWIND, Cache
 from kvjax.caches.codecs import Store
 from kvjax.errors import CacheError
-from kvjax.loops.decode import decode, prefill, step
+from kvjax.loops.decode import VALUE, decode, prefill, step
 from kvjax.testing.cases import (
     BATCH,
     CAPACITY,
@@ -30,7 +30,7 @@ from kvjax.testing.cases import (
     slots,
     steps_over,
 )
-from kvjax.testing.equivalence import against, check_equivalence, sampled
+from kvjax.testing.equivalence import against, check_equivalence, cuts_of, fed_in_chunks, sampled
 
 KEPT, DROPPED, FEED = prompt_ids(3, 10)[:, :3], prompt_ids(4, 8)[:, :3], prompt_ids(8, 8)[:, :3]
 BOTH = sampling.chain(sampling.temperature([0.0, 0.9, 0.7]), sampling.top_k(60), sampling.top_p(0.97))
@@ -39,6 +39,29 @@ BOTH = sampling.chain(sampling.temperature([0.0, 0.9, 0.7]), sampling.top_k(60),
 LONG = sampled(BOTH)
 NEAR = np.array([94, 7, 1])
 """The first row is two tokens from the capacity."""
+
+
+def same_logits(case: Case) -> float:
+    """The prompt cut anywhere, then step by step: the logits of recomputing from scratch, to 1e-5 of the largest.
+
+    1e-12 where the model computes in float64. Returns the largest error over the largest logit.
+    """
+    if not case.exact:
+        return 0.0
+    want, worst = _taught(case.but(case.reference), (16,)), 0.0
+    limit = 1e-12 if want.dtype == np.float64 else 1e-5
+    for cut in cuts_of(16):
+        worst = max(worst, float(np.abs(_taught(case, cut) - want).max() / np.abs(want).max()))
+        expect(worst <= limit, f"prompt as {cut[:3]}: logits differ by {worst:.1e} of the largest, more than {limit:.0e}")
+    return worst
+
+
+def _taught(case: Case, cut: tuple[int, ...]) -> np.ndarray:
+    """Logits after the prompt and over 24 given tokens, `[25, B, V]`."""
+    first, cache = fed_in_chunks(case.model, case.empty(), prompt_ids(), PROMPTS, cut)
+    rest, cache = steps_over(case.model, cache, prompt_ids(9, 24, BATCH))
+    cache.check()
+    return np.concatenate([np.asarray(first)[None], rest])
 
 
 def same_tokens(case: Case, seeds: tuple[int, ...] = (0,)) -> None:
@@ -223,11 +246,27 @@ def past_capacity(case: Case) -> None:
     _raises(full.check, "a full cache")
 
 
+def runs_out(case: Case) -> None:
+    """Where what layers share runs out, the row is flagged and left as it was, and its neighbours are unharmed."""
+    if case.scarce is None:
+        return
+    poor = case.but(case.scarce)
+    (_, cache), (_, rich) = poor.filled(), case.filled()
+    for i in range(3):
+        logits, cache = step(case.model, cache, FEED[i])
+        want, rich = step(case.model, rich, FEED[i])
+        equal(np.asarray(logits)[1:], np.asarray(want)[1:], "logits of neighbours of a refused row")
+        expect(np.isnan(np.asarray(logits)[0]).all(), "a row that was refused gives logits")
+        expect(cache.lengths.tolist() == [PROMPTS[0], *(PROMPTS[1:] + i + 1)], f"lengths {cache.lengths}")
+    expect(np.asarray(cache.flags).astype(bool).tolist() == [True, False, False], f"flags {cache.flags}")
+    _raises(cache.check, "what was refused")
+
+
 def idle_rows(case: Case) -> None:
     """A row that is given nothing, or a chunk that does not fit, is left bitwise as it was, unused slots included."""
     _, cache = case.fed(NEAR)
     ids = prompt_ids(6)
-    logits, after = jax.jit(prefill)(case.model, cache, jnp.asarray(ids), jnp.array([3, 3, 0]))
+    logits, after = VALUE.prefill(case.model, cache, ids, np.array([3, 3, 0], np.int32))  # no look on the host
     expect(after.lengths.tolist() == [94, 10, 1], f"lengths {after.lengths}")
     expect(after.flags.tolist() == [FULL_CACHE, 0, 0], f"flags {after.flags}")
     expect(np.isnan(logits).all(axis=1).tolist()[:2] == [True, False], "NaN in wrong rows")
@@ -237,6 +276,7 @@ def idle_rows(case: Case) -> None:
 
 
 __all__ = [
+    "same_logits",
     "same_tokens",
     "scan_is_the_step_loop",
     "rewind",
@@ -246,5 +286,6 @@ __all__ = [
     "unused_slots",
     "poisoned",
     "past_capacity",
+    "runs_out",
     "idle_rows",
 ]
