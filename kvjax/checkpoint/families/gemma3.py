@@ -1,4 +1,4 @@
-"""Gemma 3, the text model (2503.19786): Gemma 2 with query and key norms, and rotations of their own in local layers."""
+"""Gemma 3, the text model (2503.19786): Gemma 2 with norms on queries and keys, and local layers that turn faster."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ POSITIONS = 131_072
 def rotations(fields: Fields) -> tuple[Rope, Rope]:
     """How global and local layers turn.
 
-    New files have `rope_parameters`, an object with one entry a layer type; old ones `rope_theta` and `rope_scaling` for
-    global layers and `rope_local_base_freq` for local ones. Where a file has both, `rope_scaling` counts and then what
-    `rope_parameters` says, as in Transformers 5.23.
+    New files have `rope_parameters`, an object with one entry a layer type; old ones `rope_theta` and `rope_scaling`
+    for global layers and `rope_local_base_freq` for local ones. Where a file has both, `rope_scaling` counts and then
+    what `rope_parameters` says, as in Transformers 5.23.
 
     Raises:
         CheckpointError: as `rotary.rotary`.
