@@ -127,12 +127,10 @@ def self_attention(
         absorbed = Absorb(maps[:, 0].transpose(1, 2, 0), maps[:, 1].transpose(1, 0, 2), key_bias, value_bias)
         return absorbed, factor
 
-    # A rotation between the map and the score, or a norm of each key, is not linear in the layer's input.
-    linear_keys = rotation.tables is None and config.qk_norm is None
     out, cache = cache.attend(
         layer,
         q,
-        Project(kv, rotation, absorb if linear_keys else None),
+        Project(kv, rotation, absorb if absorbs(config, layer) else None),
         x,
         kv_heads=k,
         scale=config.scale,
@@ -140,6 +138,11 @@ def self_attention(
         softcap=config.attention_softcap,
     )
     return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
+
+
+def absorbs(config: Config, layer: int) -> bool:
+    """Whether keys are linear in the layer's input: no rotation between the map and the score, no norm of each key."""
+    return not config.turns[layer].rotates and config.qk_norm is None
 
 
 def layer_sites(layer: int) -> tuple[str, ...]:
@@ -170,5 +173,6 @@ __all__ = [
     "joined",
     "self_attention",
     "decoder_layer",
+    "absorbs",
     "layer_sites",
 ]
