@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from models import FULL, MIXED, WINDOW, WINDOWED, tiny
+from models import FULL, GEMMA, MIXED, POST, WINDOW, WINDOWED, tiny
 
 from kvjax import caches
 from kvjax.caches import plans
@@ -46,6 +46,7 @@ TABLE = {
     caches.dense: (
         Case("dense", caches.dense()),
         Case("dense everywhere full", caches.dense(), FULL, full=True),
+        Case("post norm", caches.dense(), POST, full=True),
     ),
     caches.ring: (
         Case("ring", (caches.ring(W, slack=4), caches.dense()), slack=4),
@@ -61,6 +62,7 @@ TABLE = {
         Case("sinks everywhere", caches.ring(slack=1, **SINKS), FULL, caches.recompute(**SINKS), slack=1, full=True),
         Case("per layer", caches.per_layer(local=caches.ring(W, slack=4), full=caches.dense()), slack=4, full=True),
         Case("default plan", caches.default(MIXED), slack=plans.SLACK, full=True),
+        Case("gemma", caches.default(GEMMA), GEMMA, slack=plans.SLACK, full=True),
     ),
     caches.recompute: (
         Case("recompute", caches.recompute(), keeps=False),

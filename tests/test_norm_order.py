@@ -119,3 +119,18 @@ def test_sites_show_the_stream_after_the_layers_norms(order):
     assert max(gap(seen[site], want[site]) for site in want) <= TOLERANCE
     last = seen[model.config.num_layers - 1, "after_ffn"]
     assert (gap(out[0], last) == 0) == (order is NormOrder.POST)  # which has no final norm
+
+
+def test_an_offset_is_kept_apart_because_one_plus_it_has_no_room_in_bfloat16():
+    rng = np.random.default_rng(0)
+    x, offset = (jnp.asarray(rng.normal(size=(256, 64)) * by, jnp.bfloat16) for by in (1.0, 0.2))
+    exact = np.asarray(x, np.float64)
+    exact = exact / np.sqrt((exact * exact).mean(-1, keepdims=True) + 1e-6) * (1 + np.asarray(offset[0], np.float64))
+
+    def error(found):
+        return np.sqrt(((np.asarray(found, np.float64) - exact) ** 2).mean())
+
+    kept = error(OffsetRMSNorm(1e-6)({"offset": offset[0]}, x))
+    folded = error(RMSNorm(1e-6)({"scale": 1 + offset[0]}, x))
+    assert kept < 2**-8
+    assert folded > 1.5 * kept, (kept, folded)
