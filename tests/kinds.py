@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from models import FULL, LEARNED, MIXED, WINDOW, WINDOWED, tiny
+from models import FULL, GEMMA, LEARNED, MIXED, POST, WINDOW, WINDOWED, tiny
 
 from kvjax import caches
 from kvjax.caches import plans
@@ -46,6 +46,7 @@ TABLE = {
     caches.dense: (
         Case("dense", caches.dense()),
         Case("dense everywhere full", caches.dense(), FULL, full=True),
+        Case("post norm", caches.dense(), POST, full=True),
     ),
     caches.ring: (
         Case("ring", (caches.ring(W, slack=4), caches.dense()), slack=4),
@@ -69,6 +70,7 @@ TABLE = {
             full=True,
         ),
         Case("default plan", caches.default(MIXED), slack=plans.SLACK, full=True),
+        Case("gemma", caches.default(GEMMA), GEMMA, slack=plans.SLACK, full=True),
     ),
     caches.paged: (
         Case("paged", caches.paged(8)),
