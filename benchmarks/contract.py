@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from contract_cases import BROKEN, CASES, EXACT
 
 import kvjax
-from kvjax import caches, sampling
+from kvjax import caches, codecs, sampling
 from kvjax.caches.base import Span
 from kvjax.config import Config
 from kvjax.loops.decode import DONATING, seeds_of
@@ -49,8 +49,8 @@ KINDS: dict[str, Any] = {
     "dense": caches.dense(),
     "ring 256": caches.ring(256),
     "sinks 4 + 252 in cache": kinds.SinksKind(252, 4),
-    "int8": caches.dense(store=kinds.Int8()),
-    "ring 256 of int8": caches.ring(256, store=kinds.Int8()),
+    "int8": caches.dense(store=codecs.int8()),
+    "ring 256 of int8": caches.ring(256, store=codecs.int8()),
     "paged 128": common.PagedKind(128),
     "shared prefix 512": common.SharedPrefixKind(512),
     "keys un-rotated": caches.dense(rotated=False),

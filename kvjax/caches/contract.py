@@ -191,8 +191,12 @@ class Node(struct.Value):
     replays = False
     """Whether the layer keeps nothing, so that every call must feed the whole text again."""
 
-    max_rewind: int | None = None
-    """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
+    @property
+    def max_rewind(self) -> int | None:
+        """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
+        limits: list[int] = []
+        self._parts(*(lambda part: limits.append(part.max_rewind) if part.max_rewind is not None else None,) * 2)
+        return min(limits, default=None)
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         """Takes in the new tokens; hands back the views to attend over and the node that has them.
@@ -284,7 +288,21 @@ def filled_positions(capacity: int, end: Array) -> Array:
 def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: Any) -> tuple[View, ...]:
     """One view for each pair of segments that two stores of one codec gave; `static` are further fields of `View`."""
     pairs = zip(keys, values, strict=True)
-    return tuple(View(k.data, v.data, k.positions, k.scale, v.scale, **static) for k, v in pairs)
+    return tuple(
+        View(
+            k.data,
+            v.data,
+            k.positions,
+            k.scale,
+            v.scale,
+            k_zero=k.zero,
+            v_zero=v.zero,
+            k_decode=k.decode,
+            v_decode=v.decode,
+            **static,
+        )
+        for k, v in pairs
+    )
 
 
 __all__ = [
