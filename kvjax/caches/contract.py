@@ -194,8 +194,8 @@ class Node(struct.Value):
     @property
     def max_rewind(self) -> int | None:
         """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
-        limits: list[int] = []
-        self._parts(*(lambda part: limits.append(part.max_rewind) if part.max_rewind is not None else None,) * 2)
+        parts = jax.tree.leaves(self, is_leaf=self._is_part)
+        limits = [part.max_rewind for part in parts if self._is_part(part) and part.max_rewind is not None]
         return min(limits, default=None)
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
@@ -255,7 +255,10 @@ class Node(struct.Value):
         def one(part: Any, *rest: Any) -> Any:
             return on_node(part, *rest) if isinstance(part, Node) else on_store(part, *rest)
 
-        return jax.tree.map(one, self, *others, is_leaf=lambda x: x is not self and isinstance(x, Store | Node))
+        return jax.tree.map(one, self, *others, is_leaf=self._is_part)
+
+    def _is_part(self, x: Any) -> bool:
+        return x is not self and isinstance(x, Store | Node)
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """Keys and values `[B, K, T, D]`, decoded, and the position `[B, T]` of every slot; a copy, for looking."""

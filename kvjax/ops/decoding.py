@@ -35,17 +35,19 @@ def decoded(
         scale, zero, decode: as the view has them.
         dtype: of the computation.
     """
-    parts = ((x if x.dtype == dtype else x.astype(dtype)),) if decode is None else decode(x, dtype)
+    per_slot = scale is None or scale.ndim < x.ndim
+    wide = dtype if per_slot else jnp.promote_types(jnp.float32, dtype)  # zero points are not rounded to half precision
+    parts = ((x if x.dtype == wide else x.astype(wide)),) if decode is None else decode(x, wide)
     if scale is None or scale.ndim < x.ndim:
         return parts, scale
     done, at = [], 0
     for part in parts:
         own = slice(at, at + part.shape[-1])
         groups = part.reshape(*scale.shape[:-1], -1, part.shape[-1])  # [*lead, T / g, g, D]
-        groups = groups * scale[..., None, own].astype(dtype)
+        groups = groups * scale[..., None, own].astype(wide)
         if zero is not None:
-            groups = groups + zero[..., None, own].astype(dtype)
-        done.append(groups.reshape(part.shape))
+            groups = groups + zero[..., None, own].astype(wide)
+        done.append(groups.reshape(part.shape).astype(dtype))
         at += part.shape[-1]
     return tuple(done), None
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvjax.caches.codecs.grouped import ChannelGroups, ChannelStore, TokenStore, int4_channels
 from kvjax.caches.codecs.plain import Plain, PlainStore, plain
 from kvjax.caches.codecs.scaled import Scaled, ScaledStore, fp8, int4, int8
 from kvjax.caches.codecs.store import Codec, Segment, Store
 
-CODECS = (plain, int8, fp8, int4)
+CODECS = (plain, int8, fp8, int4, int4_channels)
 """Every codec; the shared tests and the command line run over it."""
 
 
@@ -22,6 +23,7 @@ __all__ = [
     "int8",
     "fp8",
     "int4",
+    "int4_channels",
     "as_codec",
     "CODECS",
     "Codec",
@@ -31,4 +33,7 @@ __all__ = [
     "PlainStore",
     "Scaled",
     "ScaledStore",
+    "ChannelGroups",
+    "ChannelStore",
+    "TokenStore",
 ]
