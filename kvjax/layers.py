@@ -80,6 +80,7 @@ def self_attention(
     h, k, d = config.query_heads, config.kv_heads, config.head_dim
     attn = params["attn"]
 
+    @jax.named_scope("projections")
     def project(x: Array) -> tuple[Array, Array, Array]:
         b, s, _ = x.shape
         qkv = linear(attn["qkv"], config.norm(params["attn_norm"], x))  # [B, S, (H + 2K) * D]
@@ -95,6 +96,7 @@ def self_attention(
         keys, values = (own_keys, own_values) if stream is x else project(stream)[1:]
         return (keys if positions is None else rotation(keys, positions)), values
 
+    @jax.named_scope("projections")
     def absorb(stream: Array) -> tuple[Absorb, Array | None]:
         kernel, bias = config.norm.fold(params["attn_norm"], attn["qkv"]["kernel"][:, h * d :].astype(stream.dtype))
         maps = kernel.reshape(-1, 2, k, d)  # [M, keys and values, K, D]
@@ -116,7 +118,8 @@ def self_attention(
         scale=config.scale,
         window=config.windows[layer],
     )
-    return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
+    with jax.named_scope("projections"):
+        return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
 
 
 def decoder_layer(

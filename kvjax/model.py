@@ -48,6 +48,7 @@ def apply_decoder(
     return config.norm(params["final_norm"], x), cache
 
 
+@jax.named_scope("head")
 def decoder_head(params: Params, config: Config, x: Array) -> Array:
     """Features `[B, S, M]` to logits `[B, S, V]`, at least float32."""
     precise = jnp.promote_types(jnp.float32, x.dtype)

@@ -31,10 +31,10 @@ def test_predicted_bytes_are_those_of_the_arrays(store, size, batch, capacity):
     container = 4 * batch * capacity + 12 * batch
     slot = 2 * 2 * 8 * size  # keys and values, 2 heads, width 8
     got = three_ways(FULL, caches.dense(store=store), batch, capacity)
-    assert got == costs.dense_nbytes(FULL, dtype=dtype, **shape) == 2 * slot * batch * capacity + container
+    assert got == costs.dense_nbytes(FULL, store=dtype, **shape) == 2 * slot * batch * capacity + container
     ring = {"window": 6, "sinks": 2, "slack": 3}
     got = three_ways(WINDOWED, caches.ring(store=store, **ring), batch, capacity)
-    assert got == costs.ring_nbytes(WINDOWED, dtype=dtype, **ring, **shape) == 2 * slot * batch * 11 + container
+    assert got == costs.ring_nbytes(WINDOWED, store=dtype, **ring, **shape) == 2 * slot * batch * 11 + container
     got = three_ways(FULL, caches.recompute(), batch, capacity)
     assert got == costs.recompute_nbytes(FULL, **shape) == container
 
@@ -61,7 +61,7 @@ def test_the_textbook_example(store, size, total):
     model = jax.eval_shape(lambda: kvjax.decoder(config, kvjax.init_params(config, jax.random.key(0))))
     container = costs.container_nbytes(4, 100)
     assert 2 * 6 * 8 * 64 * 100 * 4 * size == total
-    assert costs.dense_nbytes(config, batch=4, capacity=100, dtype=store or jnp.float32) == total + container
+    assert costs.dense_nbytes(config, batch=4, capacity=100, store=store or jnp.float32) == total + container
     assert kvjax.cache_nbytes(model, caches.dense(store=store), batch=4, capacity=100) == total + container
     assert container == 4 * 400 + 12 * 4
 
@@ -69,5 +69,5 @@ def test_the_textbook_example(store, size, total):
 def test_grouped_queries_divide_and_llama_3_8b_is_what_everyone_knows():
     llama = Config(128_256, 32, 4096, query_heads=32, kv_heads=8, head_dim=128, ffn_width=14_336, tied=False)
     assert costs.slot_nbytes(llama, jnp.bfloat16) * 32 == 131_072, "128 KiB a token"
-    eight = costs.dense_nbytes(llama, batch=1, capacity=8192, dtype=jnp.bfloat16) - costs.container_nbytes(1, 8192)
+    eight = costs.dense_nbytes(llama, batch=1, capacity=8192, store=jnp.bfloat16) - costs.container_nbytes(1, 8192)
     assert eight == 2**30

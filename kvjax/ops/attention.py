@@ -149,6 +149,7 @@ def _slots(view: View) -> int:
     return view.positions.shape[-1] * (1 if view.pages is None else view.pages[1].shape[1])
 
 
+@jax.named_scope("scores")
 def _attend(
     q: Array,
     positions: Array,
@@ -253,13 +254,16 @@ def _absorbed(
     maps = view.absorb
     b, s, h, d = q.shape
     q = q.reshape(b, s, kv_heads, -1, d)
-    wide = jnp.einsum("bskgd,kde->bskge", q, maps.query_map.astype(q.dtype)).reshape(b, s, h, -1)
+    with jax.named_scope("projections"):
+        wide = jnp.einsum("bskgd,kde->bskge", q, maps.query_map.astype(q.dtype)).reshape(b, s, h, -1)
     top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, scale, window)
     top, total = (x.reshape(b, kv_heads, -1) for x in (top, total))  # heads are K-major: [B, K, G * S]
     out = out.reshape(b, kv_heads, top.shape[-1], -1)
-    out = jnp.einsum("bkme,ked->bkmd", out, maps.value_map.astype(out.dtype))
+    with jax.named_scope("projections"):
+        out = jnp.einsum("bkme,ked->bkmd", out, maps.value_map.astype(out.dtype))
     if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it
-        lift = jnp.einsum("bskgd,kd->bkgs", q, maps.key_bias.astype(q.dtype)).astype(top.dtype)
+        with jax.named_scope("projections"):
+            lift = jnp.einsum("bskgd,kd->bkgs", q, maps.key_bias.astype(q.dtype)).astype(top.dtype)
         top = top + lift.reshape(top.shape) * scale
     if maps.value_bias is not None:
         out = out + total[..., None] * maps.value_bias[None, :, None, :].astype(out.dtype)
