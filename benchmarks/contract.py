@@ -53,7 +53,7 @@ KINDS: dict[str, Any] = {
     "ring 256 of int8": caches.ring(256, store=kinds.Int8()),
     "paged 128": common.PagedKind(128),
     "shared prefix 512": common.SharedPrefixKind(512),
-    "keys un-rotated": kinds.UnrotatedKind(),
+    "keys un-rotated": caches.dense(rotated=False),
     UNTURNED: caches.dense(),
     "layer input, absorbed": kinds.LayerInputKind(),
 }

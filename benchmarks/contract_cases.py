@@ -309,20 +309,10 @@ def sinks(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 5. keys stored un-rotated
 
 
-class NotTurned(kinds.Unrotated):
-    """Broken: keys are read as they are kept."""
-
-    def turned(self, keys: Array, positions: Array, project: Project) -> Array:
-        return keys
-
-
-NotTurned = kinds.struct.node(NotTurned)
-
-
 def unrotated(broken: bool, full: bool = True) -> dict[str, float]:
     """Against dense, whose keys are turned once."""
     m = model(LLAMA)
-    plan = kinds.UnrotatedKind(NotTurned if broken else kinds.Unrotated)
+    plan = kinds.NotTurnedKind() if broken else caches.dense(rotated=False)
     out = {}
     for name, rows in (("two rows", prompts()), ("one row", prompts((23,))))[: 2 if full else 1]:
         played = (play(m, fresh(m, kind, len(rows)), rows, full=full) for kind in (plan, caches.dense()))
@@ -388,7 +378,7 @@ def tree(broken: bool, full: bool = True) -> dict[str, float]:
         "dense": (LLAMA, caches.dense()),
         "ring": (LOCAL, caches.ring(WINDOW, slack=8)),
         "recompute": (LLAMA, caches.recompute()),
-        "un-rotated keys": (LLAMA, kinds.UnrotatedKind()),
+        "un-rotated keys": (LLAMA, caches.dense(rotated=False)),
         "layer input": (PLAIN, kinds.LayerInputKind()),
     }
     rows, out = prompts(), {}

@@ -185,30 +185,18 @@ class SinksKind(Kind):
 
 
 @struct.node
-class Unrotated(Dense):
-    """Dense, with keys turned when they are read: text can be cut and joined without turning a stored key twice."""
+class NotTurned(Dense):
+    """Broken: keys are kept as they are projected, and read as if they were turned."""
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
-        k, v = project.kv(h, None)
-        slots = jnp.where(span.real(), span.order, self.capacity)
-        node = self.replace(k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions))
-        held = filled_positions(self.capacity, span.end)
-        ((keys, scale, at),), ((values, v_scale, _),) = node.k.read(held, span.end), node.v.read(held, span.end)
-        return (View(self.turned(keys, span.text(at), project), values, at, scale, v_scale),), node
-
-    def turned(self, keys: Array, positions: Array, project: Project) -> Array:
-        """`[*lead, T, D]` at `positions[B, T]`: every head of every row as a row of one head."""
-        rows = keys.reshape(-1, *keys.shape[-2:])[:, :, None]  # [B * K, T, 1, D]
-        at = jnp.repeat(positions, rows.shape[0] // positions.shape[0], axis=0)
-        return project.rotate(rows, at).reshape(keys.shape)
+        views, node = super().extend(h, project, span, shared)
+        return tuple(view.replace(rotated=True) for view in views), node
 
 
 @dataclasses.dataclass(frozen=True)
-class UnrotatedKind(Kind):
-    """Makes `Unrotated`s."""
-
-    node: type = Unrotated
+class NotTurnedKind(Kind):
+    """Makes `NotTurned`s."""
 
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
-        made = dense().init(shape, batch, capacity)
-        return self.node(made.k, made.v, capacity)
+        made = dense(rotated=False).init(shape, batch, capacity)
+        return NotTurned(made.k, made.v, capacity, False)

@@ -122,6 +122,11 @@ def self_attention(
         return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
 
 
+def layer_sites(layer: int) -> tuple[str, ...]:
+    """Names under which a decoder layer shows its stream, in the order in which it does."""
+    return (*(("embedding",) if layer == 0 else ()), "after_self_attention", "after_ffn")
+
+
 def decoder_layer(
     params: Params, config: Config, x: Array, cache: OpenCache, layer: int, rotation: Rotation
 ) -> tuple[Array, OpenCache]:
@@ -136,4 +141,4 @@ def decoder_layer(
         return x, cache.record(layer, "after_ffn", x)
 
 
-__all__ = ["linear", "feed_forward", "Rotation", "self_attention", "decoder_layer"]
+__all__ = ["linear", "feed_forward", "Rotation", "self_attention", "decoder_layer", "layer_sites"]

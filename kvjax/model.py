@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvjax.caches.recompute import Recompute
 from kvjax.checks import is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import InputError
-from kvjax.layers import Rotation, decoder_layer
+from kvjax.layers import Rotation, decoder_layer, layer_sites
 from kvjax.ops.attention import EMPTY, Absorb, View
 from kvjax.types import Array, Params
 
@@ -91,7 +92,10 @@ class Model(struct.Value):
         """What kinds must know of each layer; found by tracing `apply` once, without computing."""
         if isinstance(self.config, Config):
             c, dtype = self.config, self.params["embed"]["table"].dtype
-            return tuple(LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, window, c.width) for window in c.windows)
+            return tuple(
+                LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, window, c.width, i, c.num_layers, layer_sites(i))
+                for i, window in enumerate(c.windows)
+            )
         found = _Found()
         tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         row = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -103,7 +107,11 @@ class Model(struct.Value):
         jax.eval_shape(run, self.params, row, tokens)
         if sorted(found.shapes) != list(range(len(found.shapes))) or not found.shapes:
             raise InputError(f"Model.apply attends at layers {sorted(found.shapes)}; they must count from 0 upwards")
-        return tuple(found.shapes[i] for i in range(len(found.shapes)))
+        count = len(found.shapes)
+        return tuple(
+            dataclasses.replace(found.shapes[i], index=i, count=count, sites=tuple(found.nodes[i].sites))
+            for i in range(count)
+        )
 
 
 def decoder(config: Config, params: Params) -> Model:
@@ -202,7 +210,7 @@ def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int)
     layers = plans.init_layers(plan, shapes, batch, capacity)
     # Three arrays, not one three times: a buffer cannot be donated twice.
     lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
-    shared = plans.init_shared(plan, len(shapes), batch, capacity)
+    shared = plans.init_shared(plan, shapes, batch, capacity)
     return Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags)
 
 
@@ -277,16 +285,21 @@ class _Found:
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
-        self.nodes: dict[int, Node] = {}
+        self.nodes: dict[int, _FoundNode] = {}
         self.window: int | None = None
 
-    def __getitem__(self, layer: int) -> Node:
+    def __getitem__(self, layer: int) -> _FoundNode:
         return self.nodes.setdefault(layer, _FoundNode(self, layer))
 
 
 class _FoundNode(Node):
     def __init__(self, found: _Found, layer: int) -> None:
         self.found, self.layer = found, layer
+        self.sites: dict[str, None] = {}
+
+    def record(self, site: str, x: Array, span: Span) -> Any:
+        self.sites[site] = None
+        return self
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         k, v = project.kv(h, span.positions)

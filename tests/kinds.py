@@ -59,6 +59,7 @@ TABLE = {
         Case("ring without slack", caches.ring(W), WINDOWED, slack=0, full=True),
         Case("ring wider than the window", caches.ring(W + 3, slack=1), WINDOWED, slack=1, full=True),
         Case("sinks everywhere", caches.ring(slack=1, **SINKS), FULL, caches.recompute(**SINKS), slack=1, full=True),
+        Case("per layer", caches.per_layer(local=caches.ring(W, slack=4), full=caches.dense()), slack=4, full=True),
         Case("default plan", caches.default(MIXED), slack=plans.SLACK, full=True),
     ),
     caches.recompute: (

@@ -2,11 +2,11 @@
 
 from kvjax.caches.base import Cache, OpenCache
 from kvjax.caches.dense import dense
-from kvjax.caches.plans import default, init_layers, parse
+from kvjax.caches.plans import default, init_layers, parse, per_layer
 from kvjax.caches.recompute import recompute
 from kvjax.caches.ring import ring
 
 KINDS = (dense, ring, recompute)
 """Every kind; the shared tests and the command line run over it."""
 
-__all__ = ["dense", "ring", "recompute", "default", "parse", "init_layers", "Cache", "OpenCache", "KINDS"]
+__all__ = ["dense", "ring", "recompute", "default", "per_layer", "parse", "init_layers", "Cache", "OpenCache", "KINDS"]

@@ -1,9 +1,7 @@
-"""The container: a cache as an immutable value, and the same while a model takes in new tokens."""
+"""The container: a cache as an immutable value."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +22,10 @@ from kvjax.caches.contract import (
     filled_positions,
     views_of,
 )
+from kvjax.caches.opened import OpenCache
 from kvjax.checks import is_concrete, whole
 from kvjax.errors import CacheError
-from kvjax.ops.attention import EMPTY, attention
+from kvjax.ops.attention import EMPTY
 from kvjax.types import Array, DType
 
 CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS = (1 << i for i in range(7))
@@ -41,56 +40,6 @@ MEANING = {
     REWIND: "it was rewound further than its kind keeps",
     ROWS: "it was taken from a row outside the batch",
 }
-
-
-@struct.node
-class OpenCache(struct.Value):
-    """A cache while a model takes in new tokens: what `Model.apply` is given and returns.
-
-    Args:
-        layers: the nodes, one a layer.
-        shared: what the layers have in common.
-        span: the new tokens.
-    """
-
-    layers: Any
-    shared: Any
-    span: Span
-
-    @property
-    def positions(self) -> Array:
-        """`[B, S]` int32, where the new tokens stand in the text."""
-        return self.span.positions
-
-    def record(self, layer: int, site: str, x: Array) -> OpenCache:
-        """Shows `x[B, S, M]` to the layer's node under a name."""
-        return self._with(layer, self.layers[layer].record(site, x, self.span))
-
-    def attend(
-        self,
-        layer: int,
-        q: Array,
-        project: Project,
-        h: Any = None,
-        *,
-        kv_heads: int,
-        scale: float | None = None,
-        window: int | None = None,
-    ) -> tuple[Array, OpenCache]:
-        """Extends one layer's node and attends. `kvjax.attend` is the door for models of one's own."""
-        project = dataclasses.replace(project, kv=functools.partial(_finite_values, project.kv))
-        views, node = self.layers[layer].extend(h, project, self.span, self.shared)
-        views = tuple(self.span.tree_view(view) for view in views)
-        out = attention(
-            q, self.span.positions, views, kv_heads=kv_heads, scale=scale, window=window, rotate=project.rotate
-        )
-        return out, self._with(layer, node)
-
-    def _with(self, layer: int, node: Any) -> OpenCache:
-        if node is self.layers[layer]:
-            return self
-        layers = (*self.layers[:layer], node, *self.layers[layer + 1 :])
-        return self.replace(layers=layers)
 
 
 @struct.node
@@ -211,11 +160,85 @@ class Cache(struct.Value):
             row = int(np.argmax(np.asarray(wrong)))
             raise CacheError(f"rewind: row {row} to length {int(target[row])} goes into what other rows share")
         return self.replace(
-            layers=tuple(node.rewind(target) for node in self.layers),
+            layers=tuple(node.rewind(target, self.shared, shared) for node in self.layers),
             shared=shared,
             lengths=target,
             flags=jnp.where(wrong, REWIND, 0).astype(jnp.int32),
         )
+
+    def release(self, rows: Any) -> Cache:
+        """Empties rows `rows[n]` and gives back what they held in common with others, pages for one: their lengths
+        are 0, and so are their flags.
+
+        Raises:
+            CacheError: a row outside the batch (under `jit` it is left out).
+        """
+        rows = self._checked_rows("release", rows)
+        gone = jnp.zeros((self.batch,), bool).at[jnp.where(rows < 0, self.batch, rows)].set(True, mode="drop")
+        lengths = jnp.where(gone, 0, self.lengths)
+        shared, refused = _ask(self.shared, lambda entry: entry.release(gone), jnp.zeros_like(lengths))
+        return self.replace(
+            layers=tuple(node.rewind(lengths, self.shared, shared) for node in self.layers),
+            shared=shared,
+            lengths=lengths,
+            written=jnp.where(gone, 0, self.written),
+            flags=jnp.where(gone, refused, self.flags),
+        )
+
+    def insert(self, rows: Any, other: Cache) -> Cache:
+        """Rows `rows[n]` become the n rows of another cache of the same plan, as stored; the rest stays as it is.
+
+        So a prompt is prefilled by itself and joins a batch that is being decoded.
+
+        Args:
+            rows: `[n]` int32, all different.
+            other: of n rows, each no longer than this cache's capacity.
+
+        Raises:
+            CacheError: another plan, other than n rows, a row outside the batch or named twice.
+        """
+        rows = self._checked_rows("insert", rows)
+        if rows.shape[0] != other.batch:
+            raise CacheError(f"insert: {rows.shape[0]} rows named, the other cache has {other.batch}")
+        if is_concrete(rows) and len(set(np.asarray(rows).tolist())) < rows.shape[0]:
+            raise CacheError(f"insert: rows {np.asarray(rows).tolist()} name a row twice")
+        index = jnp.arange(self.batch, dtype=jnp.int32)
+        index = index.at[rows].set(self.batch + jnp.arange(rows.shape[0], dtype=jnp.int32), mode="drop")
+        return self.join(other).take(index)
+
+    def join(self, other: Cache) -> Cache:
+        """The rows of this cache, then those of another of the same plan; copies.
+
+        Raises:
+            CacheError: another plan, or a row of the other is longer than this cache's capacity.
+        """
+        other = other if other.capacity == self.capacity else other.resize(self.capacity)
+        made: list[Any] = [jax.tree.structure(cache) for cache in (self, other)]
+        if made[0] != made[1]:
+            raise CacheError("join: the other cache was made by another plan, or for another model")
+        both = {name: entry.join(other.shared[name]) for name, entry in self.shared.items()}
+        after = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
+        flags = after(self.flags, other.flags)
+        for _, bits in both.values():
+            flags = flags | bits
+        return Cache(
+            tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
+            {name: entry for name, (entry, _) in both.items()},
+            after(self.tokens, other.tokens),
+            after(self.lengths, other.lengths),
+            after(self.written, other.written),
+            flags,
+        )
+
+    def fork(self, copies: int) -> Cache:
+        """Every row `copies` times, one after the other: `take([0, 0, 1, 1])` for two copies of two rows.
+
+        Raises:
+            CacheError: `copies` is no whole number of at least 1.
+        """
+        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
+            raise CacheError(f"fork: copies must be a whole number of at least 1, not {copies!r}")
+        return self.take(np.repeat(np.arange(self.batch, dtype=np.int32), copies))
 
     def take(self, rows: Any) -> Cache:
         """Other rows, `rows[n]` int32, repeated or left out at will; everything moves.
@@ -234,15 +257,9 @@ class Cache(struct.Value):
         return self._rows(beams, "reorder")
 
     def _rows(self, rows: Any, how: str) -> Cache:
-        rows = jnp.asarray(whole(f"{how}: rows", rows, error=CacheError))
-        if rows.ndim != 1 or not rows.shape[0]:
-            raise CacheError(f"{how}: rows has shape {list(rows.shape)}, it must be [n], n at least 1")
+        rows = self._checked_rows(how, rows)
         if how == "reorder" and rows.shape[0] != self.batch:
             raise CacheError(f"reorder: {rows.shape[0]} rows given, the batch is {self.batch}")
-        if is_concrete(rows):
-            for row in np.asarray(rows):
-                if not 0 <= row < self.batch:
-                    raise CacheError(f"{how}: row {row} is outside a batch of {self.batch}")
         pick = lambda x: jnp.take(x, rows, axis=0, mode="clip")  # noqa: E731
         outside = (rows < 0) | (rows >= self.batch)
         marked = pick(self.flags) | jnp.where(outside, ROWS, 0).astype(jnp.int32)
@@ -255,6 +272,16 @@ class Cache(struct.Value):
             written=pick(self.written),
             flags=flags,
         )
+
+    def _checked_rows(self, how: str, rows: Any) -> Array:
+        rows = jnp.asarray(whole(f"{how}: rows", rows, error=CacheError))
+        if rows.ndim != 1 or not rows.shape[0]:
+            raise CacheError(f"{how}: rows has shape {list(rows.shape)}, it must be [n], n at least 1")
+        if is_concrete(rows):
+            for row in np.asarray(rows):
+                if not 0 <= row < self.batch:
+                    raise CacheError(f"{how}: row {row} is outside a batch of {self.batch}")
+        return rows
 
     def keep(self, lengths: Any, path: Any, counts: Any) -> Cache:
         """Keeps one path of a tree of drafts: of the tokens fed since `lengths`, those at `path`, in this order.
@@ -286,14 +313,6 @@ class Cache(struct.Value):
             what = "; ".join(text for bit, text in MEANING.items() if flags[row] & bit)
             raise CacheError(f"row {row}, length {lengths[row]}, capacity {self.capacity}: {what}")
         return self
-
-
-def _finite_values(kv: Callable[..., Any], h: Any, positions: Array | None) -> tuple[Array, Array]:
-    """Keys and values, a value that is not finite moved into its key: there it shows as long as it is seen, and masks
-    hide it afterwards; among the values it would leak as 0 · NaN."""
-    k, v = kv(h, positions)
-    good = jnp.isfinite(v)
-    return jnp.where(jnp.all(good, axis=-1, keepdims=True), k, jnp.nan), jnp.where(good, v, 0)
 
 
 def _ask(

@@ -4,7 +4,7 @@ A layer asks its node to take in S new tokens and to hand back what to attend ov
 
     extend(h, project, span, shared) -> (views, node)
     record(site, x, span) -> node             default: itself; a trace needs it
-    resize(capacity), rewind(lengths), take(rows), reorder(beams), move(source, target)
+    resize(capacity), rewind(lengths), take(rows), reorder(beams), join(other), move(source, target)
 
 What layers have in common lies once in `Cache.shared`: named `Shared` entries, asked once a call (`reserve`) before the
 layers run, and moved with the same operations. Nodes and entries are frozen pytrees; nothing here is changed in place.
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import struct
-from kvjax.caches.codecs import Segment
+from kvjax.caches.codecs import Segment, Store
 from kvjax.ops.attention import EMPTY, Absorb, View
 from kvjax.types import Array
 
@@ -36,6 +36,8 @@ class LayerShape:
         dtype: what the layer computes in.
         window: the layer's own window, or None.
         width: M, of the layer's input; None where the model does not show it.
+        index, count: which layer it is, and of how many.
+        sites: names under which the layer shows its stream (`OpenCache.record`).
     """
 
     kv_heads: int
@@ -44,6 +46,9 @@ class LayerShape:
     dtype: Any
     window: int | None = None
     width: int | None = None
+    index: int = 0
+    count: int = 1
+    sites: tuple[str, ...] = ()
 
 
 @struct.node
@@ -160,6 +165,10 @@ class Shared(struct.Value):
         """Gives back what lies at or past `lengths[B]`."""
         return self, jnp.zeros_like(lengths)
 
+    def release(self, rows: Array) -> tuple[Any, Array]:
+        """Gives back all that rows `rows[B]` bool hold."""
+        return self, jnp.zeros(rows.shape, jnp.int32)
+
     def take(self, rows: Array) -> tuple[Any, Array]:
         """Other rows, `rows[n]`; everything moves."""
         raise NotImplementedError
@@ -168,9 +177,16 @@ class Shared(struct.Value):
         """Rows exchanged inside a source; what the rows of a source share stays."""
         return self.take(beams)
 
+    def join(self, other: Any) -> tuple[Any, Array]:
+        """These rows, then those of another entry made for as many tokens a row."""
+        raise NotImplementedError
+
 
 class Node(struct.Value):
-    """A layer's part of the cache; a layout derives from it and is a `struct.node`."""
+    """A layer's part of the cache; a layout derives from it and is a `struct.node`.
+
+    What stands here as a default holds for layouts whose stores have a row for each row of the batch.
+    """
 
     replays = False
     """Whether the layer keeps nothing, so that every call must feed the whole text again."""
@@ -197,28 +213,45 @@ class Node(struct.Value):
         """Sees `x[B, S, M]` at a named site of the layer. Most kinds keep nothing of it."""
         return self
 
+    def recorded(self, site: str) -> Any:
+        """The store `[B, 1 head, T, M]` of what was recorded at a site, or None; `"input"` is the layer's input."""
+        return None
+
     # In what follows `shared` is as it will be in the same container as the result, `before` as it was.
 
     def resize(self, capacity: int, shared: Any) -> Any:
         """The same with room for `capacity` tokens."""
         raise NotImplementedError
 
-    def rewind(self, lengths: Array) -> Any:
+    def rewind(self, lengths: Array, before: Any, shared: Any) -> Any:
         """Forgets what lies at or past `lengths[B]`. Kinds whose positions follow from lengths have nothing to do."""
         return self
 
     def take(self, rows: Array, before: Any, shared: Any) -> Any:
         """Other rows, `rows[n]` int32; everything moves."""
-        raise NotImplementedError
+        return self._parts(lambda store: store.take(rows), lambda node: node.take(rows, before, shared))
 
     def reorder(self, beams: Array, before: Any, shared: Any) -> Any:
         """Rows exchanged inside a source; what the rows of a source share stays."""
         return self.take(beams, before, shared)
 
+    def join(self, other: Any) -> Any:
+        """These rows, then those of a node of another cache with the same plan and capacity."""
+        join = lambda a, b: a.join(b)  # noqa: E731
+        return self._parts(join, join, other)
+
     def move(self, source: Array, target: Array, shared: Any) -> Any:
         """What stands at places `source[B, n]` in the order of feeding stands at `target[B, n]` too, as stored; EMPTY
         targets are dropped. The accepted path of a tree of drafts moves up so."""
         raise NotImplementedError
+
+    def _parts(self, on_store: Callable[..., Any], on_node: Callable[..., Any], *others: Any) -> Any:
+        """The same with every store and every inner node replaced by what a function makes of it."""
+
+        def one(part: Any, *rest: Any) -> Any:
+            return on_node(part, *rest) if isinstance(part, Node) else on_store(part, *rest)
+
+        return jax.tree.map(one, self, *others, is_leaf=lambda x: x is not self and isinstance(x, Store | Node))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """Keys and values `[B, K, T, D]`, decoded, and the position `[B, T]` of every slot; a copy, for looking."""
@@ -227,6 +260,10 @@ class Node(struct.Value):
 
 class Kind:
     """A word of a plan: hashable, makes a layer's node."""
+
+    def of(self, shape: LayerShape) -> Kind:
+        """The kind that this word means for a layer: itself, but for a word that chooses among others."""
+        return self
 
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
         """An empty node for `batch` rows and `capacity` tokens."""
@@ -249,7 +286,7 @@ def filled_positions(capacity: int, end: Array) -> Array:
 
 
 def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: Any) -> tuple[View, ...]:
-    """One view for each pair of segments that two stores of one codec gave."""
+    """One view for each pair of segments that two stores of one codec gave; `static` are further fields of `View`."""
     pairs = zip(keys, values, strict=True)
     return tuple(View(k.data, v.data, k.positions, k.scale, v.scale, **static) for k, v in pairs)
 

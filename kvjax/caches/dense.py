@@ -21,27 +21,25 @@ class Dense(Node):
     Args:
         k, v: stores of a codec, T slots each.
         capacity: T.
+        rotated: whether keys are kept turned to their positions.
     """
 
     k: Any
     v: Any
     capacity: int = struct.static()
+    rotated: bool = struct.static()
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Dense]:
         """See `Node`."""
-        k, v = project.kv(h, span.positions)
+        k, v = project.kv(h, span.positions if self.rotated else None)
         slots = jnp.where(span.real(), span.order, self.capacity)
         node = self.replace(k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions))
         held = filled_positions(self.capacity, span.end)
-        return views_of(node.k.read(held, span.end), node.v.read(held, span.end)), node
+        return views_of(node.k.read(held, span.end), node.v.read(held, span.end), rotated=self.rotated), node
 
     def resize(self, capacity: int, shared: Any) -> Dense:
         """See `Node`."""
         return self.replace(k=self.k.resize(capacity), v=self.v.resize(capacity), capacity=capacity)
-
-    def take(self, rows: Array, before: Any, shared: Any) -> Dense:
-        """See `Node`."""
-        return self.replace(k=self.k.take(rows), v=self.v.take(rows))
 
     def move(self, source: Array, target: Array, shared: Any) -> Dense:
         """See `Node`."""
@@ -57,21 +55,24 @@ class DenseKind(Kind):
     """See `dense`."""
 
     store: Any
+    rotated: bool
 
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Dense:
         """See `Kind`."""
         k = self.store.empty(batch, shape.kv_heads, capacity, shape.key_dim, shape.dtype)
         v = self.store.empty(batch, shape.kv_heads, capacity, shape.value_dim, shape.dtype)
-        return Dense(k, v, capacity)
+        return Dense(k, v, capacity, self.rotated)
 
 
-def dense(*, store: Any = None) -> DenseKind:
+def dense(*, store: Any = None, rotated: bool = True) -> DenseKind:
     """Every position in a slot of its own.
 
     Args:
         store: a codec, or a floating dtype; None stores what the model computes in.
+        rotated: False keeps keys as they are projected and turns them when they are read: slower, and a text can be
+            cut and joined without turning a stored key twice.
     """
-    return DenseKind(codecs.as_codec(store))
+    return DenseKind(codecs.as_codec(store), rotated)
 
 
 __all__ = ["dense", "Dense", "DenseKind"]

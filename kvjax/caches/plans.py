@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from typing import Any
 
 import jax
@@ -29,24 +30,49 @@ def for_window(window: int | None) -> Any:
     return dense() if window is None else ring(window, slack=SLACK)
 
 
+@dataclasses.dataclass(frozen=True)
+class PerLayer(Kind):
+    """See `per_layer`."""
+
+    local: Kind
+    full: Kind
+
+    def of(self, shape: LayerShape) -> Kind:
+        """See `Kind`."""
+        return (self.full if shape.window is None else self.local).of(shape)
+
+
+def per_layer(*, local: Any, full: Any) -> PerLayer:
+    """One kind for the layers that have a window, another for those that see everything.
+
+    Args:
+        local: a kind, such as `caches.ring(1024)`.
+        full: a kind, such as `caches.dense(store=codecs.int8())`.
+
+    Raises:
+        InputError: one of them is no kind.
+    """
+    return PerLayer(_checked(local), _checked(full))
+
+
 def init_layers(plan: Any, shapes: tuple[LayerShape, ...], batch: int, capacity: int) -> tuple[Any, ...]:
     """Empty nodes for layers of these shapes.
 
     Raises:
         InputError: `plan` is no kind, or a tuple of another length than the layers.
     """
-    kinds = _kinds(plan, len(shapes))
+    kinds = _kinds(plan, shapes)
     return tuple(kind.init(shape, batch, capacity) for kind, shape in zip(kinds, shapes, strict=True))
 
 
-def init_shared(plan: Any, layers: int, batch: int, capacity: int) -> dict[str, Any]:
+def init_shared(plan: Any, shapes: tuple[LayerShape, ...], batch: int, capacity: int) -> dict[str, Any]:
     """What the plan's kinds have in common: one entry a name, whoever asks for it.
 
     Raises:
         InputError: two kinds ask for different entries under one name.
     """
     made: dict[str, Any] = {}
-    for kind in dict.fromkeys(_kinds(plan, layers)):
+    for kind in dict.fromkeys(_kinds(plan, shapes)):
         for name, entry in kind.shared(batch, capacity).items():
             if _outline(made.setdefault(name, entry)) != _outline(entry):
                 raise InputError(f"plan: two kinds ask for different shared {name!r}; give them the same sizes")
@@ -58,14 +84,17 @@ def _outline(entry: Any) -> Any:
     return structure, [(x.shape, x.dtype) for x in leaves]
 
 
-def _kinds(plan: Any, layers: int) -> tuple[Any, ...]:
-    kinds = tuple(plan) if isinstance(plan, tuple | list) else (plan,) * layers
-    if len(kinds) != layers:
-        raise InputError(f"plan: {len(kinds)} kinds for {layers} layers")
-    for kind in kinds:
-        if not isinstance(kind, Kind):
-            raise InputError(f"plan: {kind!r} is no kind of cache; call it, as in caches.dense()")
-    return kinds
+def _kinds(plan: Any, shapes: tuple[LayerShape, ...]) -> tuple[Any, ...]:
+    kinds = tuple(plan) if isinstance(plan, tuple | list) else (plan,) * len(shapes)
+    if len(kinds) != len(shapes):
+        raise InputError(f"plan: {len(kinds)} kinds for {len(shapes)} layers")
+    return tuple(_checked(kind).of(shape) for kind, shape in zip(kinds, shapes, strict=True))
+
+
+def _checked(kind: Any) -> Kind:
+    if not isinstance(kind, Kind):
+        raise InputError(f"plan: {kind!r} is no kind of cache; call it, as in caches.dense()")
+    return kind
 
 
 def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, recompute)) -> Any:
@@ -106,4 +135,4 @@ def _value(text: str, node: ast.expr) -> Any:
     raise InputError(f"cache {text!r}: {ast.unparse(node)} is neither a whole number nor a dtype such as bfloat16")
 
 
-__all__ = ["default", "for_window", "init_layers", "init_shared", "parse", "SLACK"]
+__all__ = ["default", "for_window", "per_layer", "init_layers", "init_shared", "parse", "SLACK"]

@@ -28,6 +28,7 @@ class Ring(Node):
         window: positions that a query sees, its own included.
         sinks: positions at the start of the text that are always seen.
         slack: positions kept beyond the window, so that a row can be rewound.
+        rotated: whether keys are kept turned to their positions.
     """
 
     k: Any
@@ -35,6 +36,7 @@ class Ring(Node):
     window: int = struct.static()
     sinks: int = struct.static()
     slack: int = struct.static()
+    rotated: bool = struct.static()
 
     @property
     def size(self) -> int:
@@ -48,7 +50,7 @@ class Ring(Node):
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Ring]:
         """See `Node`."""
-        k, v = project.kv(h, span.positions)
+        k, v = project.kv(h, span.positions if self.rotated else None)
         slots = self._slots(span)
         node = self.replace(k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions))
         if k.shape[1] <= self.slack + 1:
@@ -56,12 +58,14 @@ class Ring(Node):
             return node._views(span.end), node
         # A longer chunk overwrites what its first queries still see: they read the ring as it was, and the chunk.
         at = jnp.where(span.real(), span.order, EMPTY)
-        chunk = views_of(self.k.fresh(k, at), self.v.fresh(v, at), window=self.window, sinks=self.sinks)
-        return (*self._views(span.start), *chunk), node
+        return (*self._views(span.start), *self._seen(self.k.fresh(k, at), self.v.fresh(v, at))), node
 
     def _views(self, end: Array) -> tuple[View, ...]:
         at = self._positions(end)
-        return views_of(self.k.read(at, end), self.v.read(at, end), window=self.window, sinks=self.sinks)
+        return self._seen(self.k.read(at, end), self.v.read(at, end))
+
+    def _seen(self, k: Any, v: Any) -> tuple[View, ...]:
+        return views_of(k, v, window=self.window, sinks=self.sinks, rotated=self.rotated)
 
     def _slots(self, span: Span) -> Array:
         order = span.order
@@ -88,10 +92,6 @@ class Ring(Node):
         """Itself: a ring does not grow with the text."""
         return self
 
-    def take(self, rows: Array, before: Any, shared: Any) -> Ring:
-        """See `Node`."""
-        return self.replace(k=self.k.take(rows), v=self.v.take(rows))
-
     def move(self, source: Array, target: Array, shared: Any) -> Ring:
         """See `Node`."""
         there, here = self._slot(source), self._slot(target)
@@ -113,16 +113,17 @@ class RingKind(Kind):
     sinks: int
     slack: int
     store: Any
+    rotated: bool
 
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Ring:
         """See `Kind`."""
         slots = self.sinks + self.window + self.slack
         k = self.store.empty(batch, shape.kv_heads, slots, shape.key_dim, shape.dtype)
         v = self.store.empty(batch, shape.kv_heads, slots, shape.value_dim, shape.dtype)
-        return Ring(k, v, self.window, self.sinks, self.slack)
+        return Ring(k, v, self.window, self.sinks, self.slack, self.rotated)
 
 
-def ring(window: int, *, sinks: int = 0, slack: int = 0, store: Any = None) -> RingKind:
+def ring(window: int, *, sinks: int = 0, slack: int = 0, store: Any = None, rotated: bool = True) -> RingKind:
     """The last `window` positions in bounded memory.
 
     Exact for a layer whose own window is at least as short. For a layer that sees everything this is another
@@ -133,6 +134,7 @@ def ring(window: int, *, sinks: int = 0, slack: int = 0, store: Any = None) -> R
         sinks: positions at the start of the text that are always seen, at their positions in the text.
         slack: how many tokens a row can be rewound exactly.
         store: a codec, or a floating dtype; None stores what the model computes in.
+        rotated: False keeps keys as they are projected and turns them when they are read.
 
     Raises:
         InputError: `window` is less than 1, or another number negative.
@@ -140,7 +142,7 @@ def ring(window: int, *, sinks: int = 0, slack: int = 0, store: Any = None) -> R
     for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("slack", slack, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"caches.ring: {name} must be a whole number of at least {least}, not {value!r}")
-    return RingKind(window, sinks, slack, codecs.as_codec(store))
+    return RingKind(window, sinks, slack, codecs.as_codec(store), rotated)
 
 
 __all__ = ["ring", "Ring", "RingKind"]

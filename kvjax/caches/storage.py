@@ -109,6 +109,11 @@ def take(buffer: Array, rows: Array, heads: int, rest: int) -> Array:
     return repack(jnp.take(unpack(buffer, heads, rest), rows, axis=0, mode="clip"))
 
 
+def join(buffer: Array, heads: int, rest: int, other: Array) -> Array:
+    """The rows of one buffer, then those of another with as many slots; copies."""
+    return repack(jnp.concatenate([unpack(buffer, heads, rest), unpack(other, heads, rest)]))
+
+
 def resize(buffer: Array, slots: int, rest: int) -> Array:
     """A buffer with `slots` slots: zeros added at the end, or the last slots cut off."""
     axis = buffer.ndim - rest - 1
@@ -120,4 +125,4 @@ def resize(buffer: Array, slots: int, rest: int) -> Array:
     return jnp.pad(buffer, pad)
 
 
-__all__ = ["empty", "rows_of", "pack", "unpack", "repack", "put", "pick", "take", "resize"]
+__all__ = ["empty", "rows_of", "pack", "unpack", "repack", "put", "pick", "take", "join", "resize"]

@@ -68,6 +68,7 @@ class View(struct.Value):
             share a position and do not see each other. None: arithmetic alone.
         window: a query sees positions less than `window` behind it; None sees all.
         sinks: positions below it are seen whatever the window.
+        rotated: whether the keys are stored turned to their positions; if not, they are turned when they are read.
     """
 
     k: Array
@@ -81,6 +82,7 @@ class View(struct.Value):
     visible: Array | None = None
     window: int | None = struct.static(default=None)
     sinks: int = struct.static(default=0)
+    rotated: bool = struct.static(default=True)
 
 
 def visible(query: Array, key: Array, window: int | None, sinks: int) -> Array:
@@ -166,7 +168,7 @@ def _attend(
     for view in views:
         at = positions if view.query_positions is None else view.query_positions
         turned = q if rotate is None else rotate(q, at)
-        parts.append(_partial(turned, positions, view, kv_heads, scale, window))
+        parts.append(_partial(turned, positions, view, kv_heads, scale, window, rotate))
     top = functools.reduce(jnp.maximum, [m for m, _, _ in parts])
     weights = [jnp.exp(m - top) for m, _, _ in parts] if len(parts) > 1 else [None]
     total = functools.reduce(jnp.add, [_weigh(n, w) for (_, n, _), w in zip(parts, weights, strict=True)])
@@ -183,13 +185,13 @@ def _weigh(x: Array, weight: Array | None) -> Array:
 
 
 def _partial(
-    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None
+    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None, rotate: Any
 ) -> tuple[Array, Array, Array]:
     """One view's share: maxima and sums `[B, K, G * S]`, unnormalised output `[B, K, G * S, D]`."""
     if view.absorb is not None:
         return _absorbed(q, positions, view, kv_heads, scale, window)
     if view.pages is not None:
-        return _paged(q, positions, view, kv_heads, scale, window)
+        return _paged(q, positions, view, kv_heads, scale, window, rotate)
     b, s, h, d = q.shape
     lead, k = view.k.shape[:-2], kv_heads
     g, rows = h // k, math.prod(lead) // k
@@ -198,6 +200,8 @@ def _partial(
     # q: [B, S, H, D] -> [R, share, S, K, G, D] -> [R, K, share, G, S, D] -> [*lead, share * G * S, D]
     q = q.reshape(rows, share, s, k, g, d).transpose(0, 3, 1, 4, 2, 5).reshape(*lead, share * g * s, d)
     keys, k_scale = _decoded(view.k, view.k_scale, q.dtype)
+    if not view.rotated and rotate is not None:
+        keys = _turned(keys, view.positions, rows, rotate)
     # Scaled here and not in q: a half-precision q would round the scale into every score.
     scores = _contract(q, keys, q.ndim - 1, keys.ndim - 1, len(lead), precise) * scale  # [*lead, share * G * S, T]
     if k_scale is not None:
@@ -225,6 +229,14 @@ def _decoded(x: Array, scale: Array | None, dtype: jnp.dtype) -> tuple[Array, Ar
         return x, scale
     groups = x.reshape(*scale.shape[:-1], -1, x.shape[-1])  # [*lead, T / g, g, D]
     return (groups * scale[..., None, :].astype(dtype)).reshape(x.shape), None
+
+
+def _turned(keys: Array, positions: Array, rows: int, rotate: Callable[[Array, Array], Array]) -> Array:
+    """Keys `[*lead, T, D]` that are stored as they were projected, turned to their positions."""
+    heads = keys.reshape(-1, *keys.shape[-2:])[:, :, None]  # every head of every row as a row of one head
+    at = positions[:: max(positions.shape[0] // rows, 1)]
+    at = jnp.repeat(at, heads.shape[0] // at.shape[0], axis=0)
+    return rotate(heads, at).reshape(keys.shape)
 
 
 def _mask(positions: Array, view: View, window: int | None, shape: tuple[int, ...]) -> Array:
@@ -256,7 +268,7 @@ def _absorbed(
     q = q.reshape(b, s, kv_heads, -1, d)
     with jax.named_scope("projections"):
         wide = jnp.einsum("bskgd,kde->bskge", q, maps.query_map.astype(q.dtype)).reshape(b, s, h, -1)
-    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, scale, window)
+    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, scale, window, None)
     top, total = (x.reshape(b, kv_heads, -1) for x in (top, total))  # heads are K-major: [B, K, G * S]
     out = out.reshape(b, kv_heads, top.shape[-1], -1)
     with jax.named_scope("projections"):
@@ -271,13 +283,13 @@ def _absorbed(
 
 
 def _paged(
-    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None
+    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None, rotate: Any
 ) -> tuple[Array, Array, Array]:
     # Every page attends for its owner, then each row gathers the small partial results of its pages: gathering the
     # pages themselves would copy the pool at every step.
     assert view.pages is not None
     owner, table = view.pages
-    parts = _partial(q[owner], positions[owner], view.replace(pages=None), kv_heads, scale, window)
+    parts = _partial(q[owner], positions[owner], view.replace(pages=None), kv_heads, scale, window, rotate)
     none = (table < 0)[:, :, None, None]
     top, total, out = (x[jnp.maximum(table, 0)] for x in parts)  # [B, n, K, G * S(, D)]
     top = jnp.where(none, MASKED, top)

@@ -1,0 +1,104 @@
+"""What a codec gives to a layout: stores, and what a store does. A layout says where a position is kept and never looks
+inside.
+
+A store keeps T slots of one tensor (keys, or values) for B rows and K heads. What `read` gives is as stored: codes with
+their scales, decoded inside the attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from kvjax import struct
+from kvjax.caches import storage
+from kvjax.types import Array, DType
+
+
+class Segment(NamedTuple):
+    """One separate buffer of a store, as stored.
+
+    Args:
+        data: `[*lead, T', D]`.
+        scale: `[*lead, T']`, a factor per slot; `[*lead, T' / g, D]`, a factor per channel of every g slots; or None.
+        positions: `[R, T']` int32, position of each slot.
+    """
+
+    data: Array
+    scale: Array | None
+    positions: Array
+
+
+class Store(struct.Value):
+    """What a layout may do with stored tensors; a codec's store derives from it and is a `struct.node`.
+
+    Stores of one codec give the same segments for keys and values. `each` reaches every buffer, so that moving rows,
+    saving and laying out on a mesh know no codec.
+    """
+
+    heads: int
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Every buffer by its field's name, with its number of axes after the slots: 1 for `[*lead, T, D]`."""
+        raise NotImplementedError
+
+    def write(self, x: Array, slots: Array, positions: Array, rows: Array | None = None) -> Any:
+        """Takes in `x[B, S, K, D]` at `slots[B, S]` of row b, or of `rows[B, S]` (pages); outside means dropped.
+
+        `positions[B, S]` is where the tokens stand in the text.
+        """
+        raise NotImplementedError
+
+    def read(self, positions: Array, end: Array) -> tuple[Segment, ...]:
+        """The stored buffers; `positions[R, T]` says what each slot holds when row b has `end[b]` tokens."""
+        raise NotImplementedError
+
+    def fresh(self, x: Array, positions: Array) -> tuple[Segment, ...]:
+        """`x[B, S, K, D]` as this store would keep it, in buffers of its own: a chunk is read before it is kept."""
+        raise NotImplementedError
+
+    def unpacked(self) -> Array:
+        """Decoded, `[B, K, T, D]`; a copy, for looking."""
+        raise NotImplementedError
+
+    def each(self, f: Callable[..., Array], *others: Any) -> Any:
+        """The same with `f(buffer, heads, rest, *buffers of the others)` for every buffer; see `axes` for `rest`."""
+        made = {}
+        for name, rest in self.axes.items():
+            made[name] = f(getattr(self, name), self.heads, rest, *(getattr(other, name) for other in others))
+        return self.replace(**made)
+
+    def take(self, rows: Array) -> Any:
+        """The same for other rows."""
+        return self.each(lambda buffer, heads, rest: storage.take(buffer, rows, heads, rest))
+
+    def join(self, other: Any) -> Any:
+        """These rows, then those of another store of the same codec and as many slots."""
+        return self.each(storage.join, other)
+
+    # As it stands for stores whose every buffer has one entry a slot.
+
+    def move(self, source: Array, target: Array, rows: tuple[Array, Array] | None = None) -> Any:
+        """What `slots source[B, n]` hold is kept at `target[B, n]` too, as stored; a target outside is dropped.
+
+        `rows` are the rows of the sources and of the targets, each `[B, n]`; None is row b.
+        """
+        there, here = rows or (None, None)
+        return self.each(
+            lambda x, heads, rest: storage.put(x, storage.pick(x, source, heads, rest, there), target, here)
+        )
+
+    def resize(self, slots: int) -> Any:
+        """The same with another number of slots."""
+        return self.each(lambda x, heads, rest: storage.resize(x, slots, rest))
+
+
+class Codec(Protocol):
+    """Makes stores. Hashable, so that a plan is static."""
+
+    def empty(self, rows: int, heads: int, slots: int, width: int | None, dtype: DType) -> Any:
+        """An empty store; `dtype` is what the model computes in, `width` None for one number a slot (plain only)."""
+
+
+__all__ = ["Segment", "Store", "Codec"]

@@ -1,0 +1,76 @@
+"""The container while a model takes in new tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax import struct
+from kvjax.caches.contract import Project, Span
+from kvjax.ops.attention import attention
+from kvjax.types import Array
+
+
+@struct.node
+class OpenCache(struct.Value):
+    """A cache while a model takes in new tokens: what `Model.apply` is given and returns.
+
+    Args:
+        layers: the nodes, one a layer.
+        shared: what the layers have in common.
+        span: the new tokens.
+    """
+
+    layers: Any
+    shared: Any
+    span: Span
+
+    @property
+    def positions(self) -> Array:
+        """`[B, S]` int32, where the new tokens stand in the text."""
+        return self.span.positions
+
+    def record(self, layer: int, site: str, x: Array) -> OpenCache:
+        """Shows `x[B, S, M]` to the layer's node under a name."""
+        return self._with(layer, self.layers[layer].record(site, x, self.span))
+
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        project: Project,
+        h: Any = None,
+        *,
+        kv_heads: int,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> tuple[Array, OpenCache]:
+        """Extends one layer's node and attends. `kvjax.attend` is the door for models of one's own."""
+        project = dataclasses.replace(project, kv=functools.partial(_finite_values, project.kv))
+        views, node = self.layers[layer].extend(h, project, self.span, self.shared)
+        views = tuple(self.span.tree_view(view) for view in views)
+        out = attention(
+            q, self.span.positions, views, kv_heads=kv_heads, scale=scale, window=window, rotate=project.rotate
+        )
+        return out, self._with(layer, node)
+
+    def _with(self, layer: int, node: Any) -> OpenCache:
+        if node is self.layers[layer]:
+            return self
+        layers = (*self.layers[:layer], node, *self.layers[layer + 1 :])
+        return self.replace(layers=layers)
+
+
+def _finite_values(kv: Callable[..., Any], h: Any, positions: Array | None) -> tuple[Array, Array]:
+    """Keys and values, a value that is not finite moved into its key: there it shows as long as it is seen, and masks
+    hide it afterwards; among the values it would leak as 0 · NaN."""
+    k, v = kv(h, positions)
+    good = jnp.isfinite(v)
+    return jnp.where(jnp.all(good, axis=-1, keepdims=True), k, jnp.nan), jnp.where(good, v, 0)
+
+
+__all__ = ["OpenCache"]
