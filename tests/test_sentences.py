@@ -42,7 +42,7 @@ def kv(batch=BATCH, positions=POSITIONS, itemsize=4):
 
 def outputs(itemsize=4):
     """Bytes of the outputs of the six decoder layers of the textbook example, the embedding not counted."""
-    shape = {"batch": BATCH, "capacity": POSITIONS, "sites": 1, "embedding": False}
+    shape = {"batch": BATCH, "capacity": POSITIONS, "sites": 1, "embedding": 0}
     return costs.trace_nbytes(TEXTBOOK, **shape) * itemsize // 4
 
 
@@ -75,7 +75,7 @@ def test_not_36_mb_a_sample_for_both_caches_but_24_6_mb_for_the_batch():
 def test_everything_is_not_three_layer_outputs_but_five_or_seven_widths_a_position_and_layer():
     width = LAYERS * D * POSITIONS * BATCH * 4
     own = costs.dense_nbytes(TEXTBOOK, batch=BATCH, capacity=POSITIONS) - costs.container_nbytes(BATCH, POSITIONS)
-    sites = costs.trace_nbytes(TEXTBOOK, batch=BATCH, capacity=POSITIONS, sites=3, embedding=False)
+    sites = costs.trace_nbytes(TEXTBOOK, batch=BATCH, capacity=POSITIONS, sites=3, embedding=0)
     assert own + sites == 5 * width
     assert kv() + sites == 7 * width
     assert sites == 3 * width != own + sites

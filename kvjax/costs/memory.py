@@ -175,7 +175,13 @@ def layer_input_ratio(config: Config) -> float:
 
 
 def trace_nbytes(
-    config: Config, *, batch: int, capacity: int, sites: int, embedding: bool = True, dtype: DType = jnp.float32
+    config: Config,
+    *,
+    batch: int,
+    capacity: int,
+    sites: int,
+    embedding: int = 1,
+    store: DType | Stored = jnp.float32,
 ) -> int:
     """Bytes of what a trace adds to a cache: (sites · L + embedding) · M · T · B · bytes per element.
 
@@ -184,23 +190,24 @@ def trace_nbytes(
         batch: B.
         capacity: T.
         sites: how many sites of each layer are kept.
-        embedding: whether the embedding is kept too, once for all layers.
-        dtype: of a stored element.
+        embedding: 1 where the embedding is kept too, once for all layers; else 0.
+        store: dtype of a stored element, or a `Stored`.
     """
-    streams = sites * config.num_layers + embedding
-    return streams * config.width * capacity * batch * jnp.dtype(dtype).itemsize
+    return (sites * config.num_layers + embedding) * batch * _stored(store).nbytes(capacity, config.width)
 
 
-def output_nbytes(config: Config, *, batch: int, capacity: int, dtype: DType = jnp.float32) -> int:
+def output_nbytes(config: Config, *, batch: int, capacity: int, store: DType | Stored = jnp.float32) -> int:
     """Bytes of the embedding and every layer's output: (L + 1) · M · T · B · bytes per element, and the container."""
-    kept = trace_nbytes(config, batch=batch, capacity=capacity, sites=1, dtype=dtype)
+    kept = trace_nbytes(config, batch=batch, capacity=capacity, sites=1, store=store)
     return kept + container_nbytes(batch, capacity)
 
 
-def hybrid_nbytes(config: Config, *, batch: int, capacity: int, sites: int = 2, dtype: DType = jnp.float32) -> int:
-    """Bytes of dense K/V and a trace of all sites, in one dtype; `sites` of each layer and the embedding."""
-    trace = trace_nbytes(config, batch=batch, capacity=capacity, sites=sites, dtype=dtype)
-    return dense_nbytes(config, batch=batch, capacity=capacity, store=dtype) + trace
+def hybrid_nbytes(
+    config: Config, *, batch: int, capacity: int, sites: int = 2, store: DType | Stored = jnp.float32
+) -> int:
+    """Bytes of dense K/V and a trace of `sites` of each layer and the embedding, stored alike."""
+    trace = trace_nbytes(config, batch=batch, capacity=capacity, sites=sites, store=store)
+    return dense_nbytes(config, batch=batch, capacity=capacity, store=store) + trace
 
 
 def cross_nbytes(layers: int, kv_heads: int, head_dim: int, source: int, batch: int, itemsize: int = 4) -> int:
