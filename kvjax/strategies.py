@@ -21,7 +21,7 @@ from kvjax.loops.decode import VALUE, prefill
 from kvjax.model import Model, decoder, forward, init_cache
 from kvjax.ops.positions import Learned
 from kvjax.params import init_params
-from kvjax.types import Array
+from kvjax.types import Array, DType
 
 TIE = 1e-5
 """A first difference is a tie where the recomputed scores of the two choices differ by less than this, times the
@@ -48,6 +48,8 @@ class Strategy:
 def _nothing(config: Config, *, batch: int, capacity: int, store: Any) -> int:
     return costs.recompute_nbytes(config, batch=batch, capacity=capacity)
 
+
+ABSORBED = "input, absorbed"
 
 STRATEGIES = (
     Strategy("none", caches.recompute(), _nothing, costs.recompute_flops),
@@ -107,17 +109,18 @@ class Comparison:
     rows: tuple[Row, ...]
 
 
-def without_rotation(config: Config, size: int, seed: int = 0) -> Model:
+def without_rotation(config: Config, size: int, dtype: DType = jnp.float32, seed: int = 0) -> Model:
     """A random model of the same shape with learned positions and no norm of heads: layer inputs can be absorbed.
 
     Args:
         config: of the model that it is like.
         size: positions that it knows.
+        dtype: of its parameters.
         seed: of its parameters, which are large enough that it does not repeat itself.
     """
     like = dataclasses.replace(config, positions=Learned(size), max_positions=size, qk_norm=None)
     factor = 100 * config.width**-0.5  # a deviation of 2 / sqrt(M)
-    params = init_params(like, jax.random.key(seed))
+    params = init_params(like, jax.random.key(seed), dtype)
     return decoder(like, jax.tree.map(lambda x: x * factor if x.ndim > 1 else x, params))
 
 
@@ -273,4 +276,33 @@ def _agreement(model: Model, ids: np.ndarray, known: np.ndarray, made: np.ndarra
     return worst
 
 
-__all__ = ["Strategy", "STRATEGIES", "OPERATIONS", "Row", "Comparison", "compare", "without_rotation"]
+def sentences(made: Comparison) -> list[str]:
+    """What the figures say of keeping a layer's input or output instead of its keys and values."""
+    config, rows = made.config, {row.name: row for row in made.rows if row.refused is None}
+    if not {"K/V", "output"} <= set(rows):
+        return []
+    kv, output = rows["K/V"], rows["output"]
+    ratio = costs.layer_input_ratio(config)
+    again = 4 * config.width * config.kv_heads * config.head_dim
+    work = output.counted.contractions / kv.counted.contractions
+    share = 1 / costs.patch_sweep_share(config.num_layers, made.capacity)
+    compared = "the larger" if ratio > 1 else "the smaller" if ratio < 1 else "as large"
+    said = [
+        f"Bytes: a layer's input is {ratio:.2f} of its keys and values (width over 2 · kv heads · head width), "
+        f"{compared} of the two; the whole output cache has {output.nbytes / kv.nbytes:.2f} of the bytes of K/V.",
+        f"It loses in decoding: it saves no FLOP over K/V, and making keys and values again adds {again:,} "
+        f"(4 · width · kv heads · head width) for each cached position, layer and step. A step did {work:.1f} times "
+        f"the work of K/V and took {output.median('token') / kv.median('token'):.1f} times as long.",
+        f"It wins in resuming: every layer's stream at every position is there, so a run goes on from any of them. "
+        f"Patching each (layer, position) of {made.capacity} tokens so is {share:.1f} times less work than whole runs.",
+    ]
+    if ABSORBED in rows:
+        slower = rows[ABSORBED].median("token") / kv.median("token")
+        said.append(
+            f"Absorbed, nothing is made again and scores are {config.width / config.head_dim:.0f} times the work "
+            f"(width over head width): {slower:.1f} times as long as K/V."
+        )
+    return said
+
+
+__all__ = ["sentences", "Strategy", "STRATEGIES", "OPERATIONS", "Row", "Comparison", "compare", "without_rotation"]
