@@ -17,7 +17,7 @@ from kvjax.caches.base import Cache
 from kvjax.config import Config
 from kvjax.costs import Flops
 from kvjax.errors import InputError, KvjaxError
-from kvjax.loops.decode import VALUE, prefill
+from kvjax.loops.decode import VALUE
 from kvjax.model import Model, decoder, forward, init_cache
 from kvjax.ops.positions import Learned
 from kvjax.params import init_params
@@ -196,12 +196,8 @@ def _reorder(cache: Cache, beams: Array) -> Cache:
     return cache.reorder(beams)
 
 
-def _edit(cache: Cache, model: Model, tokens: Array) -> tuple[Array, Cache]:
-    return prefill(model, cache.rewind(cache.lengths - tokens.shape[1]), tokens)
-
-
 # Donated, so that what is timed is the work and not a copy of the cache.
-_rewinding, _reordering, _editing = (jax.jit(f, donate_argnums=0) for f in (_rewind, _reorder, _edit))
+_rewinding, _reordering = (jax.jit(f, donate_argnums=0) for f in (_rewind, _reorder))
 
 
 class _Course:
@@ -234,8 +230,12 @@ class _Course:
         self.seconds["token"][-1] /= self.text.new
         cache = run("rewind", _rewinding, cache, self.lengths)
         cache = run("reorder", _reordering, cache, self.beams)
-        _, self.cache = run("edit", _editing, cache, self.model, self.text.others)
+        _, self.cache = run("edit", self._edit, cache)
         return tokens
+
+    def _edit(self, cache: Cache) -> tuple[Array, Cache]:
+        others = self.text.others
+        return donating.prefill(self.model, _rewinding(cache, self.lengths - others.shape[1]), others)
 
     def _timed(self, operation: str, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
         began = time.perf_counter()

@@ -26,8 +26,9 @@ OPAQUE = frozenset({"pallas_call", "ffi_call", "custom_call", "pure_callback", "
 def count_flops(function: Callable[..., Any], *args: Any, trips: int | None = None) -> Flops:
     """Traces `function(*args)` without running it and counts what its program contains.
 
-    Contractions (`dot_general`) count 2 per product, whatever XLA makes of them; norms count their floating elementwise
-    operations and sums. Loops count as often as they run, branches as their dearest one.
+    Contractions (`dot_general`) count 2 per product, whatever XLA makes of them; norms count floating elementwise
+    operations and sums on what they norm, not on their parameters (one axis). Loops count as often as they run,
+    branches as their dearest one.
 
     Args:
         function: jitted or not; its scopes name the components.
@@ -66,12 +67,10 @@ def _equation(eqn: Any, scopes: tuple[str, ...], trips: int | None) -> Flops:
     component = found[-1] if found else "other"
     if name == "dot_general":
         return Flops(**{component: _dot(eqn)})
-    if component == "norms" and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
-        if name in ELEMENTWISE:
-            return Flops(norms=eqn.outvars[0].aval.size)
-        if name in SUMS:
-            return Flops(norms=eqn.invars[0].aval.size)
-    return Flops()
+    made = eqn.outvars[0].aval
+    if component != "norms" or made.ndim < 2 or not jnp.issubdtype(made.dtype, jnp.floating):
+        return Flops()
+    return Flops(norms=made.size if name in ELEMENTWISE else eqn.invars[0].aval.size if name in SUMS else 0)
 
 
 def _repeated(eqn: Any, scopes: tuple[str, ...], trips: int | None) -> Flops:

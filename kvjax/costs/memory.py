@@ -32,9 +32,9 @@ class Stored:
     tail_itemsize: int = 4
 
     def nbytes(self, slots: int, width: int) -> int:
-        """Bytes of `slots` vectors of `width` numbers: a group of channels is scaled whole, bits are packed."""
+        """Bytes of `slots` vectors of `width` numbers: a group begun is scaled whole, bits are packed."""
         groups = 0 if self.group is None else math.ceil(slots / self.group)
-        codes = slots * math.ceil(width * self.bits / 8)
+        codes = math.ceil(slots * width * self.bits / 8)
         return codes + slots * self.scales + groups * width * self.channel + self.tail * width * self.tail_itemsize
 
 
