@@ -109,12 +109,10 @@ def self_attention(
         absorbed = Absorb(maps[:, 0].transpose(1, 2, 0), maps[:, 1].transpose(1, 0, 2), key_bias, value_bias)
         return absorbed, config.norm.factor(stream)
 
-    # A rotation between the map and the score, or a norm of each key, is not linear in the layer's input.
-    linear_keys = rotation.tables is None and config.qk_norm is None
     out, cache = cache.attend(
         layer,
         q,
-        Project(kv, rotation, absorb if linear_keys else None),
+        Project(kv, rotation, absorb if absorbs(config, layer) else None),
         x,
         kv_heads=k,
         scale=config.scale,
@@ -122,6 +120,11 @@ def self_attention(
     )
     with jax.named_scope("projections"):
         return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
+
+
+def absorbs(config: Config, layer: int) -> bool:
+    """Whether keys are linear in the layer's input: no rotation between the map and the score, no norm of each key."""
+    return not config.positions.rotates and config.qk_norm is None
 
 
 def layer_sites(layer: int) -> tuple[str, ...]:
@@ -143,4 +146,4 @@ def decoder_layer(
         return x, cache.record(layer, "after_ffn", x)
 
 
-__all__ = ["linear", "feed_forward", "Rotation", "self_attention", "decoder_layer", "layer_sites"]
+__all__ = ["linear", "feed_forward", "Rotation", "self_attention", "decoder_layer", "absorbs", "layer_sites"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from kvjax.caches.recompute import Recompute
 from kvjax.checks import is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import InputError
-from kvjax.layers import Rotation, decoder_layer, layer_sites
+from kvjax.layers import Rotation, absorbs, decoder_layer, layer_sites
 from kvjax.ops.attention import EMPTY, Absorb, View
 from kvjax.types import Array, Params
 
@@ -91,9 +91,10 @@ class Model(struct.Value):
     def layer_shapes(self) -> tuple[LayerShape, ...]:
         """What kinds must know of each layer; found by tracing `apply` once, without computing."""
         if isinstance(self.config, Config):
-            c, dtype = self.config, self.params["embed"]["table"].dtype
-            return tuple(
-                LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, window, c.width, i, c.num_layers, layer_sites(i))
+            c, dtype, sites = self.config, self.params["embed"]["table"].dtype, layer_sites
+            shape = LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, width=c.width, stream=c.width, chained=True)
+            return _numbered(
+                dataclasses.replace(shape, window=window, sites=sites(i), absorbs=absorbs(c, i))
                 for i, window in enumerate(c.windows)
             )
         found = _Found()
@@ -107,11 +108,14 @@ class Model(struct.Value):
         jax.eval_shape(run, self.params, row, tokens)
         if sorted(found.shapes) != list(range(len(found.shapes))) or not found.shapes:
             raise InputError(f"Model.apply attends at layers {sorted(found.shapes)}; they must count from 0 upwards")
-        count = len(found.shapes)
-        return tuple(
-            dataclasses.replace(found.shapes[i], index=i, count=count, sites=tuple(found.nodes[i].sites))
-            for i in range(count)
-        )
+        return _numbered(found.nodes[i].shape() for i in range(len(found.shapes)))
+
+
+def _numbered(shapes: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
+    """Layers that know which they are, and what the others show."""
+    shapes = tuple(shapes)
+    known = tuple(dict.fromkeys(site for shape in shapes for site in shape.sites))
+    return tuple(dataclasses.replace(x, index=i, count=len(shapes), all_sites=known) for i, x in enumerate(shapes))
 
 
 def decoder(config: Config, params: Params) -> Model:
@@ -287,6 +291,7 @@ class _Found:
         self.shapes: dict[int, LayerShape] = {}
         self.nodes: dict[int, _FoundNode] = {}
         self.window: int | None = None
+        self.shown: tuple[int, str, Any] | None = None
 
     def __getitem__(self, layer: int) -> _FoundNode:
         return self.nodes.setdefault(layer, _FoundNode(self, layer))
@@ -295,17 +300,33 @@ class _Found:
 class _FoundNode(Node):
     def __init__(self, found: _Found, layer: int) -> None:
         self.found, self.layer = found, layer
-        self.sites: dict[str, None] = {}
+        self.sites: dict[str, int] = {}
+
+    def shape(self) -> LayerShape:
+        widths = set(self.sites.values())
+        if len(widths) > 1:
+            raise InputError(f"Model.apply shows layer {self.layer} at {self.sites}: all sites must have one width")
+        found = self.found.shapes[self.layer]
+        return dataclasses.replace(found, sites=tuple(self.sites), stream=max(widths, default=None))
 
     def record(self, site: str, x: Array, span: Span) -> Any:
-        self.sites[site] = None
+        self.sites[site] = x.shape[-1]
+        self.found.shown = self.layer, site, x
         return self
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         k, v = project.kv(h, span.positions)
-        width = None if h is None else h.shape[-1]
-        shape = LayerShape(k.shape[2], k.shape[3], v.shape[3], k.dtype, self.found.window, width)
-        self.found.shapes[self.layer] = shape
+        layer, site, x = self.found.shown or (0, "", None)
+        self.found.shapes[self.layer] = LayerShape(
+            k.shape[2],
+            k.shape[3],
+            v.shape[3],
+            k.dtype,
+            self.found.window,
+            width=None if h is None else h.shape[-1],
+            chained=h is not None and h is x and (layer, site) in ((0, "embedding"), (self.layer - 1, "after_ffn")),
+            absorbs=project.absorb is not None,
+        )
         at = jnp.full((1, k.shape[1]), EMPTY, jnp.int32)
         return (View(storage.pack(k), storage.pack(v), at),), self
 
