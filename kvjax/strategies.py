@@ -49,11 +49,19 @@ def _nothing(config: Config, *, batch: int, capacity: int, store: Any) -> int:
     return costs.recompute_nbytes(config, batch=batch, capacity=capacity)
 
 
-ABSORBED = "input, absorbed"
+def _with_factor(config: Config, *, batch: int, capacity: int, store: Any) -> int:
+    factor = jnp.promote_types(jnp.float32, store).itemsize
+    return costs.layer_input_nbytes(config, batch=batch, capacity=capacity, store=store, factor=factor)
 
+
+ABSORBED = "input, absorbed"
 STRATEGIES = (
     Strategy("none", caches.recompute(), _nothing, costs.recompute_flops),
     Strategy("K/V", caches.dense(), costs.dense_nbytes, costs.kv_flops),
+    Strategy("input, projected", caches.layer_input(), costs.layer_input_nbytes, costs.reprojected_flops),
+    Strategy(ABSORBED, caches.layer_input(absorb=True), _with_factor, costs.absorbed_flops),
+    Strategy("output", caches.output(), costs.output_nbytes, costs.reprojected_flops),
+    Strategy("hybrid", caches.hybrid(), costs.hybrid_nbytes, costs.kv_flops),
 )
 """The first one is the reference for the tokens, the second one for the figures."""
 
@@ -290,11 +298,11 @@ def sentences(made: Comparison) -> list[str]:
     said = [
         f"Bytes: a layer's input is {ratio:.2f} of its keys and values (width over 2 · kv heads · head width), "
         f"{compared} of the two; the whole output cache has {output.nbytes / kv.nbytes:.2f} of the bytes of K/V.",
-        f"It loses in decoding: it saves no FLOP over K/V, and making keys and values again adds {again:,} "
+        f"Output caches lose in decoding: one saves no FLOP over K/V, and making keys and values again adds {again:,} "
         f"(4 · width · kv heads · head width) for each cached position, layer and step. A step did {work:.1f} times "
         f"the work of K/V and took {output.median('token') / kv.median('token'):.1f} times as long.",
-        f"It wins in resuming: every layer's stream at every position is there, so a run goes on from any of them. "
-        f"Patching each (layer, position) of {made.capacity} tokens so is {share:.1f} times less work than whole runs.",
+        f"Output caches win in resuming: every layer's stream at every position is there, so a run goes on from any of "
+        f"them. Patching each (layer, position) of {made.capacity} tokens so is {share:.1f} times less work than whole runs.",
     ]
     if ABSORBED in rows:
         slower = rows[ABSORBED].median("token") / kv.median("token")

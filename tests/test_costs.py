@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import kinds
@@ -11,7 +13,9 @@ from models import FULL, MIXED, WINDOWED, tiny
 import kvjax
 from kvjax import caches, costs
 from kvjax.config import Config
+from kvjax.ops.positions import Learned
 
+LEARNED = dataclasses.replace(FULL, positions=Learned(128))
 STORES = [pytest.param(None, 4, id="float32"), pytest.param(jnp.bfloat16, 2, id="bfloat16")]
 
 
@@ -37,6 +41,29 @@ def test_predicted_bytes_are_those_of_the_arrays(store, size, batch, capacity):
     assert got == costs.ring_nbytes(WINDOWED, store=dtype, **ring, **shape) == 2 * slot * batch * 11 + container
     got = three_ways(FULL, caches.recompute(), batch, capacity)
     assert got == costs.recompute_nbytes(FULL, **shape) == container
+
+
+@pytest.mark.parametrize(("store", "size"), STORES)
+@pytest.mark.parametrize(("batch", "capacity"), [(1, 40), (3, 96)])
+def test_predicted_bytes_of_kept_streams_are_those_of_the_arrays(store, size, batch, capacity):
+    shape = {"batch": batch, "capacity": capacity}
+    container = 4 * batch * capacity + 12 * batch
+    stream = 32 * size * batch * capacity  # one of width 32
+    dtype = store or jnp.float32
+    got = three_ways(FULL, caches.layer_input(store=store), batch, capacity)
+    assert got == costs.layer_input_nbytes(FULL, store=dtype, **shape) == 2 * stream + container
+    got = three_ways(LEARNED, caches.layer_input(absorb=True, store=store), batch, capacity)
+    factors = 2 * 4 * batch * capacity
+    assert got == costs.layer_input_nbytes(LEARNED, store=dtype, factor=4, **shape) == 2 * stream + factors + container
+    got = three_ways(FULL, caches.output(store=store), batch, capacity)
+    assert got == costs.output_nbytes(FULL, store=dtype, **shape) == 3 * stream + container
+    both = caches.hybrid(caches.dense(store=store), store=store)
+    kv = costs.dense_nbytes(FULL, store=dtype, **shape)
+    got = three_ways(FULL, both, batch, capacity)
+    assert got == costs.hybrid_nbytes(FULL, store=dtype, **shape) == kv + 5 * stream
+    one = caches.traced(caches.dense(store=store), ("after_ffn",), store=store)
+    trace = costs.trace_nbytes(FULL, sites=1, embedding=0, store=dtype, **shape)
+    assert three_ways(FULL, one, batch, capacity) == kv + trace == kv + 2 * stream
 
 
 @kinds.each()

@@ -65,6 +65,34 @@ def test_a_prefill_and_a_step_without_a_cache_do_what_is_predicted(name):
     assert counted(model, caches.recompute(), 2, 64) == costs.recompute_flops(model.config, batch=2, slots=64)
 
 
+@each
+def test_a_step_over_kept_streams_does_what_is_predicted(name):
+    model = MODELS[name]()
+    for batch, slots in ((1, 40), (3, 96)):
+        again = costs.reprojected_flops(model.config, batch=batch, slots=slots)
+        assert counted(model, caches.layer_input(), batch, slots) == again
+        assert counted(model, caches.output(), batch, slots) == again
+        kept = costs.kv_flops(model.config, batch=batch, slots=slots)
+        assert counted(model, caches.hybrid(), batch, slots) == kept != again
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PLAIN,
+        dataclasses.replace(PLAIN, qkv_bias=False, norm=RMSNorm()),
+        dataclasses.replace(FULL, positions=Learned(128), qkv_bias=True),
+        dataclasses.replace(FULL, positions=Learned(128)),
+    ],
+    ids=["layer norm", "full heads", "grouped, biases", "grouped"],
+)
+def test_an_absorbed_step_does_what_is_predicted(config):
+    for batch, slots in ((1, 40), (3, 96)):
+        made = counted(tiny(config), caches.layer_input(absorb=True), batch, slots)
+        assert made == costs.absorbed_flops(config, batch=batch, slots=slots)
+        assert made != costs.reprojected_flops(config, batch=batch, slots=slots)
+
+
 def test_attention_in_blocks_rounds_its_queries_up():
     model = tiny(PLAIN)
     for slots in (1025, 1280):
