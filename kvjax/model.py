@@ -40,13 +40,23 @@ def apply_decoder(
     """
     positions = cache.positions
     with jax.named_scope("embedding"):
-        x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")  # [B, S, M]; bad ids are flagged
-        x = config.positions.embed(params.get("positions", {}), x, positions)
+        x = embed(params, config, tokens, positions)
     cache = cache.record(0, "embedding", x)
     rotation = Rotation.at(config, positions, x.dtype)
     for layer in range(config.num_layers):
         x, cache = decoder_layer(params["layers"][str(layer)], config, x, cache, layer, rotation)
-    return config.norm(params["final_norm"], x), cache
+    return final_norm(params, config, x), cache
+
+
+def embed(params: Params, config: Config, tokens: Array, positions: Array) -> Array:
+    """Tokens `[B, S]` at `positions[B, S]` to the stream `[B, S, M]`; bad ids read some row, and are flagged."""
+    x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")
+    return config.positions.embed(params.get("positions", {}), x, positions)
+
+
+def final_norm(params: Params, config: Config, x: Array) -> Array:
+    """The stream `[B, S, M]` as the head reads it."""
+    return config.norm(params["final_norm"], x)
 
 
 @jax.named_scope("head")
@@ -211,11 +221,12 @@ def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int)
     shapes = model.layer_shapes()
     if plan is None:
         plan = tuple(plans.for_window(shape.window) for shape in shapes)
-    layers = plans.init_layers(plan, shapes, batch, capacity)
+    kinds = plans.kinds_of(plan, shapes)
+    layers = plans.init_layers(kinds, shapes, batch, capacity)
     # Three arrays, not one three times: a buffer cannot be donated twice.
     lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
-    shared = plans.init_shared(plan, shapes, batch, capacity)
-    return Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags)
+    shared = plans.init_shared(kinds, shapes, batch, capacity)
+    return Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags, kinds)
 
 
 def cache_nbytes(model: Model, plan: Any = None, *, batch: int = 1, capacity: int) -> int:

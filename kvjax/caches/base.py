@@ -53,6 +53,7 @@ class Cache(struct.Value):
         lengths: `[B]` int32, tokens of each row; rows advance on their own.
         written: `[B]` int32, one past the furthest position ever written; a ring's slack counts from it.
         flags: `[B]` int32, bits of what went wrong under `jit`; `check` turns them into an error.
+        plan: the kind of each layer, which made its node; a saved cache is rebuilt from it.
     """
 
     layers: tuple[Any, ...]
@@ -61,6 +62,7 @@ class Cache(struct.Value):
     lengths: Array
     written: Array
     flags: Array
+    plan: tuple[Kind, ...] = struct.static(default=())
 
     @property
     def capacity(self) -> int:
@@ -247,13 +249,13 @@ class Cache(struct.Value):
         flags = after(self.flags, other.flags)
         for _, bits in both.values():
             flags = flags | bits
-        return Cache(
-            tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
-            {name: entry for name, (entry, _) in both.items()},
-            after(self.tokens, other.tokens),
-            after(self.lengths, other.lengths),
-            after(self.written, other.written),
-            flags,
+        return self.replace(
+            layers=tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
+            shared={name: entry for name, (entry, _) in both.items()},
+            tokens=after(self.tokens, other.tokens),
+            lengths=after(self.lengths, other.lengths),
+            written=after(self.written, other.written),
+            flags=flags,
         )
 
     def fork(self, copies: int) -> Cache:

@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import struct
+from kvjax.caches import words
 from kvjax.caches.codecs import Segment, Store
+from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY, Absorb, View
 from kvjax.types import Array
 
@@ -268,7 +270,16 @@ class Node(struct.Value):
 
 
 class Kind:
-    """A word of a plan: hashable, makes a layer's node."""
+    """A word of a plan: hashable, makes a layer's node.
+
+    `str` of a kind is the call that makes it, which `caches.parse` reads; a kind of one's own has its `repr`.
+    """
+
+    def __str__(self) -> str:
+        try:
+            return words.text_of(self, words.known())
+        except InputError:
+            return repr(self)
 
     def of(self, shape: LayerShape) -> Kind:
         """The kind that this word means for a layer: itself, but for a word that chooses among others."""
