@@ -16,7 +16,7 @@ from kvjax import caches, costs, donating
 from kvjax.caches.base import Cache
 from kvjax.config import Config
 from kvjax.costs import Flops
-from kvjax.errors import InputError, KvjaxError
+from kvjax.errors import CacheError, InputError, KvjaxError
 from kvjax.loops.decode import VALUE
 from kvjax.model import Model, decoder, forward, init_cache
 from kvjax.ops.positions import Learned
@@ -65,8 +65,9 @@ STRATEGIES = (
 )
 """The first one is the reference for the tokens, the second one for the figures."""
 
-OPERATIONS = ("token", "rewind", "reorder", "edit")
-"""What is timed: a decoded token, going back, exchanging rows, and going back to feed other tokens."""
+OPERATIONS = ("token", "rewind", "reorder", "edit", "resume")
+"""What is timed: a decoded token, going back, exchanging rows, going back to feed other tokens, and running the same
+positions again from the middle layer on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Row:
         refused: why the model does not allow it; then there is nothing else.
         predicted_nbytes, nbytes: of the cache.
         predicted, counted: FLOPs of one step of all rows.
-        seconds: by operation, one figure a round; `token` is a step of all rows.
+        seconds: by operation, one figure a round; `token` is a step of all rows. No `resume` where no stream is kept.
         tokens: "equal", "tie at I" or "differ at I": the I-th new token is the first that is not that of "none".
     """
 
@@ -91,9 +92,10 @@ class Row:
     seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     tokens: str = ""
 
-    def median(self, operation: str) -> float:
-        """The middle of the rounds, in seconds."""
-        return statistics.median(self.seconds[operation])
+    def median(self, operation: str) -> float | None:
+        """The middle of the rounds, in seconds; None for what is not possible."""
+        rounds = self.seconds.get(operation)
+        return statistics.median(rounds) if rounds else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,7 @@ def compare(
         batch: B.
         context: tokens that every row has.
         new: tokens decoded in each round, in one scan; time per token is its mean.
-        edited: tokens that an edit goes back and feeds anew, at most `context`.
+        edited: tokens that an edit goes back and feeds anew, and a resumed run computes again; at most `context`.
         rounds: how often each is timed; what is compiled is compiled before.
         strategies: the first one is the reference for the tokens.
         seed: of the text.
@@ -226,8 +228,13 @@ class _Course:
             return
         self.nbytes = cache.nbytes
         self.logits, self.cache = donating.prefill(model, cache, text.ids)
+        try:
+            _, self.cache = self._resume(self.cache)
+            self.resumes = True
+        except CacheError:
+            self.resumes = False
         self.tokens = np.asarray(self.round())
-        self.seconds = {name: [] for name in OPERATIONS}
+        self.seconds = {name: [] for name in OPERATIONS if name != "resume" or self.resumes}
 
     def round(self) -> Array:
         """Times each operation once; the new tokens. The cache ends as long as it was."""
@@ -239,11 +246,17 @@ class _Course:
         cache = run("rewind", _rewinding, cache, self.lengths)
         cache = run("reorder", _reordering, cache, self.beams)
         _, self.cache = run("edit", self._edit, cache)
+        if self.resumes:
+            _, self.cache = run("resume", self._resume, self.cache)
         return tokens
 
     def _edit(self, cache: Cache) -> tuple[Array, Cache]:
         others = self.text.others
         return donating.prefill(self.model, _rewinding(cache, self.lengths - others.shape[1]), others)
+
+    def _resume(self, cache: Cache) -> tuple[Array, Cache]:
+        back = self.text.others.shape[1]
+        return donating.resume(self.model, cache, self.model.config.num_layers // 2, self.text.ids.shape[1] - back)
 
     def _timed(self, operation: str, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
         began = time.perf_counter()
@@ -285,7 +298,7 @@ def _agreement(model: Model, ids: np.ndarray, known: np.ndarray, made: np.ndarra
 
 
 def sentences(made: Comparison) -> list[str]:
-    """What the figures say of keeping a layer's input or output instead of its keys and values."""
+    """What the figures say of keeping the streams between layers instead of keys and values."""
     config, rows = made.config, {row.name: row for row in made.rows if row.refused is None}
     if not {"K/V", "output"} <= set(rows):
         return []
@@ -300,17 +313,21 @@ def sentences(made: Comparison) -> list[str]:
         f"{compared} of the two; the whole output cache has {output.nbytes / kv.nbytes:.2f} of the bytes of K/V.",
         f"Output caches lose in decoding: one saves no FLOP over K/V, and making keys and values again adds {again:,} "
         f"(4 · width · kv heads · head width) for each cached position, layer and step. A step did {work:.1f} times "
-        f"the work of K/V and took {output.median('token') / kv.median('token'):.1f} times as long.",
-        f"Output caches win in resuming: every layer's stream at every position is there, so a run goes on from any of "
-        f"them. Patching each (layer, position) of {made.capacity} tokens so is {share:.1f} times less work than whole runs.",
+        f"the work of K/V and took {_times(output, kv)} times as long.",
+        f"Output caches win in resuming: a run goes on from any layer and position, which K/V alone does not allow. "
+        f"Patching each (layer, position) of {made.capacity} tokens so is {share:.1f} times less work than running "
+        f"the text anew each time.",
     ]
     if ABSORBED in rows:
-        slower = rows[ABSORBED].median("token") / kv.median("token")
         said.append(
             f"Absorbed, nothing is made again and scores are {config.width / config.head_dim:.0f} times the work "
-            f"(width over head width): {slower:.1f} times as long as K/V."
+            f"(width over head width): {_times(rows[ABSORBED], kv)} times as long as K/V."
         )
     return said
+
+
+def _times(row: Row, than: Row) -> str:
+    return f"{(row.median('token') or 0) / (than.median('token') or 1):.1f}"
 
 
 __all__ = ["sentences", "Strategy", "STRATEGIES", "OPERATIONS", "Row", "Comparison", "compare", "without_rotation"]

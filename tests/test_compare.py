@@ -44,7 +44,8 @@ def check(row, batch):
     assert row["predicted_nbytes"] == row["nbytes"]
     assert row["predicted"] == row["counted"], "norms included"
     assert row["tokens"] == "equal" or row["tokens"].startswith("tie")
-    assert set(row["seconds"]) == set(OPERATIONS)
+    cannot = {"resume"} if row["name"] in ("none", "K/V") else set()
+    assert set(row["seconds"]) == set(OPERATIONS) - cannot
     assert all(took > 0 for rounds in row["seconds"].values() for took in rounds)
 
 

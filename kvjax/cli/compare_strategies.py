@@ -120,7 +120,7 @@ def _tables(made: Comparison) -> list[list[Sequence[str]]]:
         work.append(flops(row.name, row.predicted, "equal" if row.counted == row.predicted else "differ"))
         if row.counted != row.predicted:
             work.append(flops("  counted", row.counted, ""))
-        times.append((row.name, *(f"{1e3 * row.median(name):,.3f}" for name in OPERATIONS)))
+        times.append((row.name, *("-" if t is None else f"{1e3 * t:,.3f}" for t in map(row.median, OPERATIONS))))
     return [list(kept), work, times]
 
 
@@ -133,7 +133,8 @@ def _heading(about: dict[str, Any], made: Comparison) -> list[str]:
     rows = "1 row" if made.batch == 1 else f"{made.batch} rows"
     return [
         f"{about['model']}, {about['dtype']}: {rows}, {made.context} tokens and {made.new} new ones",
-        f"times: medians of {rounds} rounds in turn; an edit goes back {made.edited} tokens and feeds others",
+        f"times: medians of {rounds} rounds in turn; an edit goes back {made.edited} tokens and feeds others, "
+        f"resuming runs as many again from layer {made.config.num_layers // 2} on",
         f"{about['device']}, {about['cores']} cores; jax {about['jax']}, Python {about['python']}, "
         f"kvjax {about['kvjax']}; {about['day']}",
     ]

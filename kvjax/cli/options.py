@@ -58,7 +58,7 @@ COMPARE = """examples:
 
 Keeps of a text nothing, keys and values, each layer's input (keys and values made again, or
 absorbed), the outputs of all layers, or both: bytes and FLOPs predicted and found, time of a
-decoded token, of going back, of exchanging rows and of an edit, and whether the tokens are equal.
+decoded token, of going back, exchanging rows, editing and resuming, and whether the tokens are equal.
 """
 
 
