@@ -77,6 +77,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": metadata.version("jax"),
         "kvjax": kvjax.__version__,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -135,8 +136,8 @@ def _heading(about: dict[str, Any], made: Comparison) -> list[str]:
         f"{about['model']}, {about['dtype']}: {rows}, {made.context} tokens and {made.new} new ones",
         f"times: medians of {rounds} rounds in turn; an edit goes back {made.edited} tokens and feeds others, "
         f"resuming runs as many again from layer {made.config.num_layers // 2} on",
-        f"{about['device']}, {about['cores']} cores; jax {about['jax']}, Python {about['python']}, "
-        f"kvjax {about['kvjax']}; {about['day']}",
+        f"{about['device']}, {about['cores']} cores, load {about['load']}; jax {about['jax']}, "
+        f"Python {about['python']}, kvjax {about['kvjax']}; {about['day']}",
     ]
 
 
