@@ -19,6 +19,7 @@ from kvjax.checks import is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import InputError
 from kvjax.layers import Rotation, absorbs, decoder_layer, layer_sites
+from kvjax.ops.activations import softcapped
 from kvjax.ops.attention import EMPTY, Absorb, View
 from kvjax.types import Array, Params
 
@@ -36,27 +37,28 @@ def apply_decoder(
         valid: `[B]` int32, how many of a row's tokens are real.
 
     Returns:
-        Features `[B, S, M]` after the final norm, for `decoder_head`, and the cache.
+        Features `[B, S, M]` for `decoder_head`, after the final norm where there is one, and the cache.
     """
     positions = cache.positions
     with jax.named_scope("embedding"):
         x = embed(params, config, tokens, positions)
     cache = cache.record(0, "embedding", x)
-    rotation = Rotation.at(config, positions, x.dtype)
+    rotations = Rotation.of_layers(config, positions, x.dtype)
     for layer in range(config.num_layers):
-        x, cache = decoder_layer(params["layers"][str(layer)], config, x, cache, layer, rotation)
+        x, cache = decoder_layer(params["layers"][str(layer)], config, x, cache, layer, rotations[layer])
     return final_norm(params, config, x), cache
 
 
 def embed(params: Params, config: Config, tokens: Array, positions: Array) -> Array:
     """Tokens `[B, S]` at `positions[B, S]` to the stream `[B, S, M]`; bad ids read some row, and are flagged."""
     x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")
+    x = x * jnp.asarray(config.embed_scale, x.dtype)
     return config.positions.embed(params.get("positions", {}), x, positions)
 
 
 def final_norm(params: Params, config: Config, x: Array) -> Array:
-    """The stream `[B, S, M]` as the head reads it."""
-    return config.norm(params["final_norm"], x)
+    """The stream `[B, S, M]` as the head reads it: normed where the parameters have a final norm."""
+    return config.norm(params["final_norm"], x) if "final_norm" in params else x
 
 
 @jax.named_scope("head")
@@ -66,6 +68,8 @@ def decoder_head(params: Params, config: Config, x: Array) -> Array:
     flat = x.reshape(-1, x.shape[-1])
     kernel, axis = (params["embed"]["table"], 1) if config.tied else (params["head"]["kernel"], 0)
     y = lax.dot_general(flat, kernel.astype(x.dtype), (((1,), (axis,)), ((), ())), preferred_element_type=precise)
+    if config.logit_softcap is not None:
+        y = softcapped(y, config.logit_softcap)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -246,6 +250,7 @@ def attend(
     absorb: Callable[[Any], tuple[Absorb, Array | None]] | None = None,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Array, OpenCache]:
     """The door for a model of one's own: takes in the new keys and values, masks, reads; for any kind of cache.
 
@@ -260,6 +265,7 @@ def attend(
         absorb: see `Project`.
         scale: factor on the scores, `D ** -0.5` if None.
         window: how many positions a query sees, its own included; None is all.
+        softcap: bound c on scaled scores, as tanh(s / c) · c (Gemma 2); None is none.
 
     Returns:
         `[B, S, H, D]`, D the width of the values, and the cache for the next layer.
@@ -287,7 +293,16 @@ def attend(
         raise InputError(f"attend: q has {q.shape[2:]}, k has {keys.shape[2:]}: heads must divide, widths be equal")
     if isinstance(cache.layers, _Found):
         cache.layers.window = window
-    return cache.attend(layer, q, Project(project, turn, absorb), h, kv_heads=keys.shape[2], scale=scale, window=window)
+    return cache.attend(
+        layer,
+        q,
+        Project(project, turn, absorb),
+        h,
+        kv_heads=keys.shape[2],
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
 
 
 def _unturned(x: Array, positions: Array) -> Array:

@@ -128,7 +128,7 @@ def without_rotation(config: Config, size: int, dtype: DType = jnp.float32, seed
         dtype: of its parameters.
         seed: of its parameters, which are large enough that it does not repeat itself.
     """
-    like = dataclasses.replace(config, positions=Learned(size), max_positions=size, qk_norm=None)
+    like = dataclasses.replace(config, positions=Learned(size), layer_positions=(), max_positions=size, qk_norm=None)
     factor = 100 * config.width**-0.5  # a deviation of 2 / sqrt(M)
     params = init_params(like, jax.random.key(seed), dtype)
     return decoder(like, jax.tree.map(lambda x: x * factor if x.ndim > 1 else x, params))

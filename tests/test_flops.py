@@ -11,10 +11,10 @@ from models import FULL, tiny
 
 import kvjax
 from kvjax import caches, costs
-from kvjax.config import Config
+from kvjax.config import Config, NormOrder
 from kvjax.errors import InputError
 from kvjax.loops.decode import VALUE
-from kvjax.ops.norms import LayerNorm, RMSNorm
+from kvjax.ops.norms import LayerNorm, OffsetRMSNorm, RMSNorm
 from kvjax.ops.positions import Learned
 
 GROUPED = FULL
@@ -29,11 +29,18 @@ def bundled():
     return kvjax.load("shakespeare").model
 
 
+SANDWICH = dataclasses.replace(
+    FULL, norm_order=NormOrder.SANDWICH, norm=OffsetRMSNorm(), attention_softcap=20.0, logit_softcap=30.0
+)
+POST = dataclasses.replace(PLAIN, norm_order=NormOrder.POST)
+
 MODELS = {
     "bundled": bundled,
     "grouped": lambda: tiny(GROUPED),
     "plain": lambda: tiny(PLAIN),
     "norms of heads": lambda: tiny(NORMED),
+    "norms on both sides": lambda: tiny(SANDWICH),
+    "norms after": lambda: tiny(POST),
 }
 each = pytest.mark.parametrize("name", MODELS)
 
@@ -80,11 +87,12 @@ def test_a_step_over_kept_streams_does_what_is_predicted(name):
     "config",
     [
         PLAIN,
+        POST,
         dataclasses.replace(PLAIN, qkv_bias=False, norm=RMSNorm()),
         dataclasses.replace(FULL, positions=Learned(128), qkv_bias=True),
         dataclasses.replace(FULL, positions=Learned(128)),
     ],
-    ids=["layer norm", "full heads", "grouped, biases", "grouped"],
+    ids=["layer norm", "norms after", "full heads", "grouped, biases", "grouped"],
 )
 def test_an_absorbed_step_does_what_is_predicted(config):
     for batch, slots in ((1, 40), (3, 96)):

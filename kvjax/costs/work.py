@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from kvjax.config import Config
+from kvjax.config import Config, NormOrder
 from kvjax.ops.attention import BLOCK, BLOCKWISE_ABOVE
 
 
@@ -41,6 +41,10 @@ class Flops:
         return Flops(*(factor * a for a in dataclasses.astuple(self)))
 
 
+NORMS = {NormOrder.PRE: 2, NormOrder.POST: 2, NormOrder.SANDWICH: 4}
+"""How often a layer norms its stream."""
+
+
 def norm_flops(config: Config, width: int) -> int:
     """Operations on one vector of n numbers: an RMS norm squares, sums and multiplies twice, 4n + 3; a layer norm also
     takes the mean, subtracts it and adds a bias, 7n + 4."""
@@ -67,7 +71,7 @@ def layer_flops(config: Config, context: int) -> Flops:
         context: t, slots that the token attends over, its own included; a preallocated cache is read whole.
     """
     m, heads, kv = config.width, config.query_heads * config.head_dim, config.kv_heads * config.head_dim
-    normed = 2 * norm_flops(config, m)
+    normed = NORMS[config.norm_order] * norm_flops(config, m)
     if config.qk_norm is not None:
         normed += (config.query_heads + config.kv_heads) * norm_flops(config, config.head_dim)
     return Flops(
@@ -93,9 +97,8 @@ def kv_flops(config: Config, *, slots: int, batch: int = 1, queries: int = 1) ->
         attended = math.ceil(queries / BLOCK) * BLOCK
     scores = config.num_layers * attended * layer.scores
     layers = dataclasses.replace(layer, scores=0) * (config.num_layers * queries)
-    last = Flops(
-        scores=scores, head=2 * config.vocab_size * config.width, norms=queries * norm_flops(config, config.width)
-    )
+    final = 0 if config.norm_order is NormOrder.POST else queries * norm_flops(config, config.width)
+    last = Flops(scores=scores, head=2 * config.vocab_size * config.width, norms=final)
     return (layers + last) * batch
 
 
@@ -107,10 +110,9 @@ def recompute_flops(config: Config, *, slots: int, batch: int = 1) -> Flops:
 def reprojected_flops(config: Config, *, slots: int, batch: int = 1) -> Flops:
     """One step over stored layer inputs whose keys and values are made again: K/V's, and 4 · M · K · D for each of the
     T stored positions of a layer, their norms included."""
-    again = Flops(
-        projections=4 * config.width * config.kv_heads * config.head_dim,
-        norms=norm_flops(config, config.width),
-    )
+    again = Flops(projections=4 * config.width * config.kv_heads * config.head_dim)
+    if config.norm_order is not NormOrder.POST:
+        again += Flops(norms=norm_flops(config, config.width))
     if config.qk_norm is not None:
         again += Flops(norms=config.kv_heads * norm_flops(config, config.head_dim))
     return kv_flops(config, slots=slots, batch=batch) + again * (batch * slots * config.num_layers)
@@ -123,13 +125,14 @@ def absorbed_flops(config: Config, *, slots: int, batch: int = 1) -> Flops:
     Biases add 2 · H · D for a query against the key's; a layer norm's bias goes through the maps once a step.
     """
     m, heads, kv = config.width, config.query_heads * config.head_dim, config.kv_heads * config.head_dim
-    biased = config.qkv_bias or _centred(config)
-    through = batch * (4 * heads * m + (2 * heads if biased else 0)) + (4 * m * kv if _centred(config) else 0)
+    normed = config.norm_order is not NormOrder.POST
+    folded = normed and _centred(config)
+    through = batch * (4 * heads * m + (2 * heads if config.qkv_bias or folded else 0)) + (4 * m * kv if folded else 0)
     usual = kv_flops(config, slots=slots, batch=batch)
     wide = Flops(
         projections=config.num_layers * through,
         scores=config.num_layers * batch * 4 * slots * config.query_heads * m,
-        norms=config.num_layers * batch * _factor_flops(config, m),
+        norms=config.num_layers * batch * _factor_flops(config, m) * normed,
     )
     return dataclasses.replace(usual, scores=0) + wide
 

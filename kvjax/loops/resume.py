@@ -56,7 +56,7 @@ def _resume(
 
     tokens = jnp.take_along_axis(cache.tokens, at[:, :, 0], axis=1)
     x = embed(params, c, jnp.where(span.real(), tokens, 0), places)
-    rotation, layers = Rotation.at(c, places, x.dtype), []
+    rotations, layers = Rotation.of_layers(c, places, x.dtype), []
     for i, node in enumerate(base.layers):
         kept = _source(cache, i)
 
@@ -64,7 +64,7 @@ def _resume(
             x = x if kept is None else jnp.where(layer == i, given(kept), x)
             node = node if base.shared else node.rewind(start, base.shared, shared)
             opened = OpenCache((*(None,) * i, node), shared, span)
-            x, opened = decoder_layer(params["layers"][str(i)], c, x, opened, i, rotation)
+            x, opened = decoder_layer(params["layers"][str(i)], c, x, opened, i, rotations[i])
             return x, opened.layers[i]
 
         x, node = run(x, node) if shared else lax.cond(layer <= i, run, lambda x, node: (x, node), x, node)
