@@ -44,6 +44,17 @@ def test_predicted_bytes_are_those_of_the_arrays(store, size, batch, capacity):
 
 
 @pytest.mark.parametrize(("store", "size"), STORES)
+def test_predicted_bytes_of_pages_are_those_of_the_arrays(store, size):
+    shape, dtype = {"batch": 3, "capacity": 40}, store or jnp.float32
+    container, slot = 4 * 3 * 40 + 12 * 3, 2 * 2 * 2 * 8 * size  # layers, keys and values, heads, width
+    got = three_ways(FULL, caches.paged(16, store=store), **shape)
+    predicted = costs.paged_nbytes(FULL, pages=9, page_size=16, store=dtype, **shape)
+    assert got == predicted == 9 * 16 * slot + 4 * 9 + 2 * 4 * 9 + container
+    got = three_ways(FULL, caches.paged(8, 12, share=3, store=store), **shape)
+    assert got == costs.paged_nbytes(FULL, pages=12, page_size=8, per_page=4, store=dtype, **shape)
+
+
+@pytest.mark.parametrize(("store", "size"), STORES)
 @pytest.mark.parametrize(("batch", "capacity"), [(1, 40), (3, 96)])
 def test_predicted_bytes_of_kept_streams_are_those_of_the_arrays(store, size, batch, capacity):
     shape = {"batch": batch, "capacity": capacity}

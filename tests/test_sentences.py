@@ -107,11 +107,12 @@ def test_what_codes_add_to_an_element():
     assert per_element(costs.Stored(8, scales=4)) == 1 + 4 / 64
     assert per_element(costs.Stored(8, scales=2)) == 1 + 2 / 64
     assert per_element(costs.Stored(4, scales=4)) == 0.5 + 4 / 64
-    grouped = costs.Stored(4, group=32, channel=8, tail=0)
-    assert grouped.nbytes(96, 64) / (96 * 64) == 0.5 + 8 / 32
-    tail = dataclasses.replace(grouped, tail=64 + 32 + 16, tail_itemsize=4)
-    assert tail.nbytes(96, 64) - grouped.nbytes(96, 64) == (64 + 32 + 16) * 64 * 4
-    assert grouped.nbytes(97, 64) - grouped.nbytes(96, 64) == 32 + 64 * 8, "a group is begun whole"
+    # in groups: 1/2 + 8/G bytes an element, and the tail of R + G + slack tokens in full precision
+    exact = costs.Stored(4, group=32, channel=8, tail=0)
+    assert exact.nbytes(96, 64) / (96 * 64) == 0.5 + 8 / 32
+    grouped = costs.Stored(4, group=32, channel=8, residual=64, slack=16)
+    assert grouped.nbytes(160, 64) == 96 * 64 * (0.5 + 8 / 32) + (64 + 32 + 16) * 64 * 4
+    assert grouped.nbytes(191, 64) == grouped.nbytes(160, 64), "the tail has what is no whole group"
 
 
 def test_a_latent_cache_counts_latents_and_their_rotary_part():
@@ -124,7 +125,7 @@ def test_a_prefix_is_kept_once_and_pages_waste_less_than_a_page_a_row():
     shared = costs.shared_prefix_nbytes(TEXTBOOK, **shape, prefix=500, suffix=100)
     assert shared == slot * (500 + 8 * 100) + costs.container_nbytes(**shape)
     paged = costs.paged_nbytes(TEXTBOOK, **shape, pages=8 * 38, page_size=16)
-    assert paged - 4 * 8 * 38 - 4 * 8 * 38 - costs.container_nbytes(**shape) == slot * 8 * 38 * 16
+    assert paged - 4 * 8 * 38 - 2 * 4 * 8 * 38 - costs.container_nbytes(**shape) == slot * 8 * 38 * 16
     assert 0 <= 8 * 38 * 16 - 8 * 600 <= 8 * 15
 
 

@@ -17,25 +17,28 @@ class Stored:
 
     Args:
         bits: of one number.
-        scales: bytes beside each vector: 4 for one float32 scale, 2 for bfloat16, twice that with a zero point.
-        group: slots that share scales per channel; None has them per vector only.
-        channel: bytes per channel of a group: 8 for a float32 scale and zero point.
-        tail: slots kept a second time, in full precision: R + G + slack.
-        tail_itemsize: bytes of one number there.
+        scales: bytes beside each vector: 4 for one float32 scale, 2 for bfloat16.
+        group: G, slots that become codes together, behind a tail in full precision; None: every slot on its own.
+        channel: bytes beside each channel of a group: 8 for a float32 scale and zero point.
+        residual, slack: R and s; the tail has R + G + s slots, and no codes are kept for the last R.
+        tail: bytes of one number in the tail.
     """
 
     bits: int = 32
     scales: int = 0
     group: int | None = None
     channel: int = 0
-    tail: int = 0
-    tail_itemsize: int = 4
+    residual: int = 0
+    slack: int = 0
+    tail: int = 4
 
     def nbytes(self, slots: int, width: int) -> int:
-        """Bytes of `slots` vectors of `width` numbers: a group begun is scaled whole, bits are packed."""
-        groups = 0 if self.group is None else math.ceil(slots / self.group)
-        codes = math.ceil(slots * width * self.bits / 8)
-        return codes + slots * self.scales + groups * width * self.channel + self.tail * width * self.tail_itemsize
+        """Bytes of `slots` vectors of `width` numbers."""
+        if self.group is None:
+            return math.ceil(slots * width * self.bits / 8) + slots * self.scales
+        groups = max((slots - self.residual) // self.group, 1)
+        coded = dataclasses.replace(self, group=None).nbytes(groups * self.group, width)
+        return coded + (groups * self.channel + (self.residual + self.group + self.slack) * self.tail) * width
 
 
 def _stored(store: DType | Stored) -> Stored:
@@ -52,12 +55,20 @@ def slot_nbytes(config: Config, store: DType | Stored = jnp.float32) -> int:
     return _kv_nbytes(config, 1, store)
 
 
-def _kv_nbytes(config: Config, slots: int, store: DType | Stored) -> int:
+def _kv_nbytes(config: Config, slots: int, store: DType | Stored, values: DType | Stored | None = None) -> int:
     """Bytes of the keys and values of one layer of one row."""
-    return 2 * config.kv_heads * _stored(store).nbytes(slots, config.head_dim)
+    stores = (_stored(store), _stored(store if values is None else values))
+    return config.kv_heads * sum(each.nbytes(slots, config.head_dim) for each in stores)
 
 
-def dense_nbytes(config: Config, *, batch: int, capacity: int, store: DType | Stored = jnp.float32) -> int:
+def dense_nbytes(
+    config: Config,
+    *,
+    batch: int,
+    capacity: int,
+    store: DType | Stored = jnp.float32,
+    values: DType | Stored | None = None,
+) -> int:
     """Bytes of a dense cache: 2 · L · K · D · T · B · bytes per element, and the container.
 
     Args:
@@ -65,8 +76,9 @@ def dense_nbytes(config: Config, *, batch: int, capacity: int, store: DType | St
         batch: B.
         capacity: T.
         store: dtype of a stored element, or a `Stored`.
+        values: the same for values where they are stored unlike keys.
     """
-    return config.num_layers * batch * _kv_nbytes(config, capacity, store) + container_nbytes(batch, capacity)
+    return config.num_layers * batch * _kv_nbytes(config, capacity, store, values) + container_nbytes(batch, capacity)
 
 
 def ring_nbytes(
@@ -105,7 +117,7 @@ def paged_nbytes(
     capacity: int,
     pages: int,
     page_size: int,
-    per_page: int = 1,
+    per_page: int = 2,
     other: int = 0,
     store: DType | Stored = jnp.float32,
 ) -> int:
@@ -118,9 +130,9 @@ def paged_nbytes(
         batch: B, rows of the table.
         capacity: T, which gives the table its columns.
         pages, page_size: of the pool; slots of a page.
-        per_page: int32 numbers kept for each page: an owner, a count of references.
+        per_page: int32 numbers kept for each page: its readers, one unless rows share pages, and its place.
         other: bytes of bookkeeping that depend on neither.
-        store: dtype of a stored element, or a `Stored` (a tail would be one a page).
+        store: dtype of a stored element, or a `Stored`.
     """
     pool = config.num_layers * pages * _kv_nbytes(config, page_size, store)
     table = 4 * batch * math.ceil(capacity / page_size)
