@@ -48,15 +48,16 @@ UNTURNED = "dense, no rotation"
 KINDS: dict[str, Any] = {
     "dense": caches.dense(),
     "ring 256": caches.ring(256),
-    "sinks 4 + 252 in cache": kinds.SinksKind(252, 4),
+    "sinks 4 + 252 in cache": caches.ring(252, sinks=4, sinks_in_cache=True),
     "int8": caches.dense(store=kinds.Int8()),
     "ring 256 of int8": caches.ring(256, store=kinds.Int8()),
     "paged 128": caches.paged(128),
     "paged 128, 4 rows a page": caches.paged(128, share=4),
     "shared prefix 512": common.SharedPrefixKind(512),
     "keys un-rotated": caches.dense(rotated=False),
+    "layer input": caches.layer_input(),
     UNTURNED: caches.dense(),
-    "layer input, absorbed": kinds.LayerInputKind(),
+    "layer input, absorbed": caches.layer_input(absorb=True),
 }
 """What is timed; the last two on the same model without rotation."""
 

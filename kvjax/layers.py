@@ -147,7 +147,7 @@ def self_attention(
 
 def absorbs(config: Config, layer: int) -> bool:
     """Whether keys are linear in the layer's input: no rotation between the map and the score, no norm of each key."""
-    return not config.positions.rotates and config.qk_norm is None
+    return not config.turns[layer].rotates and config.qk_norm is None
 
 
 def layer_sites(layer: int) -> tuple[str, ...]:
