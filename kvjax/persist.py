@@ -246,7 +246,7 @@ def _same_model(path: Any, model: Model, config: Any, model_hash: str) -> None:
     theirs, mine = (x if isinstance(x, dict) else {"": x} for x in (config, ours))
     for key in sorted(theirs.keys() | mine.keys()):
         if theirs.get(key) != mine.get(key):
-            values = (show(json.dumps(x.get(key))) for x in (theirs, mine))
+            values = (json.dumps(x.get(key))[:80] for x in (theirs, mine))
             name = f"config.{key}" if key else "config"
             raise CheckpointError(f"{path}: {name} is {' there, '.join(values)} in this model: it is another model's")
     if (own := fingerprint(model.params)) != model_hash:
