@@ -3,13 +3,15 @@
 from typing import Any
 
 from kvjax.caches import words
-from kvjax.caches.base import Cache, OpenCache
+from kvjax.caches.base import Cache, Kind, OpenCache
 from kvjax.caches.dense import dense
+from kvjax.caches.layer_input import layer_input
 from kvjax.caches.plans import default, init_layers, per_layer
 from kvjax.caches.recompute import recompute
 from kvjax.caches.ring import ring
+from kvjax.caches.trace import hybrid, output, traced
 
-KINDS = (dense, ring, recompute)
+KINDS = (dense, ring, recompute, layer_input, traced, output, hybrid)
 """Every kind; the shared tests and the command line run over it."""
 
 
@@ -28,4 +30,20 @@ def parse(text: str) -> Any:
     return per_layer(local=kind, full=kind).full  # a codec is no kind
 
 
-__all__ = ["dense", "ring", "recompute", "default", "per_layer", "parse", "init_layers", "Cache", "OpenCache", "KINDS"]
+__all__ = [
+    "dense",
+    "ring",
+    "recompute",
+    "layer_input",
+    "traced",
+    "output",
+    "hybrid",
+    "default",
+    "per_layer",
+    "parse",
+    "init_layers",
+    "Cache",
+    "Kind",
+    "OpenCache",
+    "KINDS",
+]

@@ -102,6 +102,32 @@ class Cache(struct.Value):
         """`[B, T]` int32, the position in the text of each of the layer's slots; int32.max where there is none."""
         return self.layers[layer].contents(self.lengths, self.shared)[2]
 
+    def trace(self, layer: int, site: str) -> Array:
+        """`[B, T, M]`, the residual stream that a layer showed at a site, zeros past a row's length; a copy.
+
+        Raises:
+            CacheError: it was not recorded.
+        """
+        store = self.recorded(layer, site)
+        if store is None:
+            how = "caches.layer_input()" if site == "input" else f"caches.traced(kind, sites=({site!r},))"
+            raise CacheError(f"trace: layer {layer} of {len(self.layers)} keeps no {site!r}; make the cache with {how}")
+        live = jnp.arange(self.capacity, dtype=jnp.int32)[None, :] < self.lengths[:, None]
+        return jnp.where(live[:, :, None], store.unpacked()[:, 0], 0)
+
+    def recorded(self, layer: int, site: str) -> Any:
+        """The store of what a layer showed at a site, wherever it is kept, or None: the output of one layer is the
+        input of the next."""
+        nodes = self.layers
+        if not 0 <= layer < len(nodes):
+            return None
+        store = nodes[layer].recorded(site)
+        if store is None and (layer, site) == (0, "embedding"):
+            return nodes[0].recorded("below")
+        if store is None and site == "after_ffn" and layer + 1 < len(nodes):
+            return nodes[layer + 1].recorded("below")
+        return store
+
     def resize(self, capacity: int) -> Cache:
         """The same with room for `capacity` tokens a row; clears the flag of a full cache.
 

@@ -40,6 +40,10 @@ class LayerShape:
         width: M, of the layer's input; None where the model does not show it.
         index, count: which layer it is, and of how many.
         sites: names under which the layer shows its stream (`OpenCache.record`).
+        all_sites: those of all layers.
+        stream: M, of what it shows there.
+        chained: whether the layer's input is what was shown last: `after_ffn` of the layer below, or `embedding`.
+        absorbs: whether keys and values are linear in the layer's input (`Project.absorb`).
     """
 
     kv_heads: int
@@ -51,6 +55,10 @@ class LayerShape:
     index: int = 0
     count: int = 1
     sites: tuple[str, ...] = ()
+    all_sites: tuple[str, ...] = ()
+    stream: int | None = None
+    chained: bool = False
+    absorbs: bool = False
 
 
 @struct.node
@@ -216,7 +224,8 @@ class Node(struct.Value):
         return self
 
     def recorded(self, site: str) -> Any:
-        """The store `[B, 1 head, T, M]` of what was recorded at a site, or None; `"input"` is the layer's input."""
+        """The store `[B, 1 head, T, M]` of what was recorded at a site, or None. `"input"` is the layer's input, and
+        `"below"` too where it is what was shown last (`LayerShape.chained`)."""
         return None
 
     # In what follows `shared` is as it will be in the same container as the result, `before` as it was.
@@ -279,6 +288,10 @@ class Kind:
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
         """An empty node for `batch` rows and `capacity` tokens."""
         raise NotImplementedError
+
+    def remark(self, shapes: tuple[LayerShape, ...]) -> str:
+        """What one should know before choosing it for layers of these shapes; `kvjax info` prints it."""
+        return ""
 
     def shared(self, batch: int, capacity: int) -> dict[str, Any]:
         """Entries of `Cache.shared` that its nodes look for; kinds that name the same one share it."""

@@ -37,8 +37,20 @@ def rotary(fields: Fields, max_positions: int) -> tuple[Rope, int]:
     Raises:
         CheckpointError: a scaling that is unknown or that kvjax refuses, or a damaged one.
     """
-    positions = fields.integer("max_position_embeddings", max_positions)
     values = fields.raw("rope_scaling") or fields.raw("rope_parameters") or {}
+    return rotation(fields, values, fields.number("rope_theta", 10_000.0), max_positions)
+
+
+def rotation(fields: Fields, values: Any, theta: float, max_positions: int) -> tuple[Rope, int]:
+    """As `rotary`, from one object of rotary settings.
+
+    Args:
+        fields: config.json.
+        values: the settings, in either layout.
+        theta: base of the frequencies where `values` has none.
+        max_positions: the family's default for max_position_embeddings.
+    """
+    positions = fields.integer("max_position_embeddings", max_positions)
     if not isinstance(values, dict):
         raise CheckpointError(f"config.json: rope_scaling or rope_parameters must be an object, not {show(values)}")
     if nested := [key for key, value in values.items() if isinstance(value, dict)]:
@@ -46,7 +58,7 @@ def rotary(fields: Fields, max_positions: int) -> tuple[Rope, int]:
             f"config.json: a rotation per layer type ({', '.join(map(ascii, nested))}) is not supported"
         )
     scaling = Fields(values, "config.json, rope_scaling")
-    theta = scaling.number("rope_theta", None) or fields.number("rope_theta", 10_000.0)
+    theta = scaling.number("rope_theta", None) or theta
     if theta <= 1:
         raise CheckpointError(f"config.json: rope_theta must be more than 1, not {theta}")
     if values.get("partial_rotary_factor", 1.0) not in (1.0, None):
@@ -125,4 +137,4 @@ _KINDS: dict[str, tuple[set[str], _Make]] = {
     ),
 }
 
-__all__ = ["rotary", "KEYS", "REFUSED"]
+__all__ = ["rotary", "rotation", "KEYS", "REFUSED"]

@@ -79,7 +79,8 @@ def _costs(model: Model, config: Config, context: int) -> list[dict[str, Any]]:
     costs = []
     for label, made in plans.items():
         at, twice = (cache_nbytes(model, made, batch=1, capacity=n * context) for n in (1, 2))
-        costs.append({"kind": label, "bytes_per_token": (twice - at) // context, "bytes": at})
+        told = made.remark(model.layer_shapes()) if isinstance(made, caches.Kind) else ""
+        costs.append({"kind": label, "bytes_per_token": (twice - at) // context, "bytes": at, "remark": told})
     return costs
 
 
@@ -108,6 +109,7 @@ def _text(about: dict[str, Any]) -> str:
         f"{'cache of one row':<30}{'bytes per token':>18}{'bytes at ' + format(about['context'], ',') + ' tokens':>28}",
     ]
     lines += [f"{c['kind']:<30}{c['bytes_per_token']:>18,}{c['bytes']:>28,}" for c in about["caches"]]
+    lines += [f"\n{c['kind']}: {c['remark']}" for c in about["caches"] if c["remark"]]
     return "\n".join(lines)
 
 

@@ -28,6 +28,16 @@ class Segment(NamedTuple):
     scale: Array | None
     positions: Array
 
+    def decoded(self, dtype: DType) -> Array:
+        """`[*lead, T', D]` in `dtype`; a copy, but for plain elements of that dtype."""
+        x = self.data.astype(dtype)
+        if self.scale is None:
+            return x
+        if self.scale.ndim < x.ndim:
+            return x * self.scale[..., None].astype(dtype)
+        groups = x.reshape(*self.scale.shape[:-1], -1, x.shape[-1])  # [*lead, T' / g, g, D]
+        return (groups * self.scale[..., None, :].astype(dtype)).reshape(x.shape)
+
 
 class Store(struct.Value):
     """What a layout may do with stored tensors; a codec's store derives from it and is a `struct.node`.
