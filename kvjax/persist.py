@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import hashlib
 import json
@@ -223,6 +224,8 @@ def _described(value: Any) -> Any:
     """A configuration as JSON: fields of dataclasses by name, functions by module and name."""
     if value is None or type(value) in (bool, int, str):
         return value
+    if isinstance(value, enum.Enum):
+        return str(value)
     if isinstance(value, float):
         return repr(value)  # JSON has no infinity
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
