@@ -51,7 +51,8 @@ KINDS: dict[str, Any] = {
     "sinks 4 + 252 in cache": kinds.SinksKind(252, 4),
     "int8": caches.dense(store=kinds.Int8()),
     "ring 256 of int8": caches.ring(256, store=kinds.Int8()),
-    "paged 128": common.PagedKind(128),
+    "paged 128": caches.paged(128),
+    "paged 128, 4 rows a page": caches.paged(128, share=4),
     "shared prefix 512": common.SharedPrefixKind(512),
     "keys un-rotated": caches.dense(rotated=False),
     UNTURNED: caches.dense(),
@@ -88,7 +89,7 @@ def filled(model: Any, plan: Any, batch: int) -> Any:
             lengths=valid,
             written=valid + 0,
         )
-    shared, _ = cache.reserve(Span(start, valid, start[:, None]))
+    shared, _ = cache.reserve(Span(start, valid, jnp.zeros((batch, FILL), jnp.int32)))
     return cache.replace(shared=shared, lengths=valid, written=valid + 0)
 
 

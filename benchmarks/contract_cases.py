@@ -23,6 +23,7 @@ import kvjax
 from kvjax import caches
 from kvjax.caches import codecs, storage
 from kvjax.caches.base import PAGES, Cache, Project, Span, Tree
+from kvjax.caches.pages import Pages
 from kvjax.config import Config
 from kvjax.loops.feed import feed, finish
 from kvjax.model import Model, decoder_head
@@ -240,12 +241,12 @@ def cross(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 3. paged
 
 
-class Unordered(common.Pages):
+class Unordered(Pages):
     """Broken: a page's place in its row is taken to be its place in the pool."""
 
     def held(self, end: Array) -> Array:
         turned = self.replace(index=jnp.arange(self.index.shape[0], dtype=jnp.int32) % self.table.shape[1])
-        return common.Pages.held(turned, end)
+        return Pages.held(turned, end)
 
 
 Unordered = kinds.struct.node(Unordered)
@@ -254,7 +255,7 @@ Unordered = kinds.struct.node(Unordered)
 def with_pages(cache: Cache, broken: bool) -> Cache:
     """The cache, or one whose table is broken."""
     pages = cache.shared["pages"]
-    wrong = Unordered(pages.table, pages.owner, pages.index, pages.page)
+    wrong = Unordered(pages.table, pages.readers, pages.index, pages.page, pages.pool)
     return cache.replace(shared={"pages": wrong}) if broken else cache
 
 
@@ -262,12 +263,12 @@ def paged(broken: bool, full: bool = True) -> dict[str, float]:
     """Pages of 4, fewer of them than rows × capacity, plain and int8, against dense; and a pool that runs out."""
     m, rows, out = model(LLAMA), prompts((23, 17, 5)), {}
     for name, store in (("plain", codecs.plain()), ("int8", kinds.Int8()))[: 2 if full else 1]:
-        cache = with_pages(fresh(m, common.PagedKind(4, 22, store), batch=3), broken)  # of 3 × 12
+        cache = with_pages(fresh(m, caches.paged(4, 22, store=store), batch=3), broken)  # of 3 × 12
         chunks = CHUNKS if name == "plain" else one_by_one(rows)
         whole = fresh(m, caches.dense(store=store), batch=3)
         out[name] = compare(*(play(m, c, rows, chunks, full=full) for c in (cache, whole)))
     # 23, 17 and 5 tokens need 6 + 5 + 2 pages; of 13 none is left when rows 0 and 2 cross into another
-    plans = common.PagedKind(4, 13), caches.dense()
+    plans = caches.paged(4, 13), caches.dense()
     got, want = (prefill(m, fresh(m, plan, batch=3), rows, CHUNKS) for plan in plans)
     tokens, beside, _ = kvjax.decode(m, want[1], jnp.asarray(want[0]), steps=3)
     fed, last, pool = kvjax.decode(m, got[1], jnp.asarray(got[0]), steps=3)
@@ -337,7 +338,7 @@ def shared_prefix(broken: bool, full: bool = True) -> dict[str, float]:
     """One prefix of 10 for three rows, the suffix dense, in a ring or paged, against dense of the whole."""
     rows, (prefix,) = prompts((13, 7, 11)), prompts((10,), seed=1)
     node, out = FromZero if broken else common.SharedPrefix, {}
-    for name, own in (("paged suffix", common.PagedKind(4, 25)), ("dense suffix", caches.dense()))[: 2 if full else 1]:
+    for name, own in (("paged suffix", caches.paged(4, 25)), ("dense suffix", caches.dense()))[: 2 if full else 1]:
         m = model(LLAMA)
         _, one = prefill(m, fresh(m, caches.dense(), 1, 10), [prefix], (6, 4))
         cache = common.join(one, fresh(m, common.SharedPrefixKind(12, own, node), 3))
@@ -374,7 +375,7 @@ def feed_tree(m: Model, cache: Cache, tokens: Array, tree: Tree) -> tuple[Array,
 def tree(broken: bool, full: bool = True) -> dict[str, float]:
     """Every token of a tree against its branch fed alone; then one path a row is kept, and decoding goes on."""
     plans = {
-        "paged": (LLAMA, common.PagedKind(4, 22)),
+        "paged": (LLAMA, caches.paged(4, 22)),
         "dense": (LLAMA, caches.dense()),
         "ring": (LOCAL, caches.ring(WINDOW, slack=8)),
         "recompute": (LLAMA, caches.recompute()),

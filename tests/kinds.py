@@ -62,6 +62,12 @@ TABLE = {
         Case("per layer", caches.per_layer(local=caches.ring(W, slack=4), full=caches.dense()), slack=4, full=True),
         Case("default plan", caches.default(MIXED), slack=plans.SLACK, full=True),
     ),
+    caches.paged: (
+        Case("paged", caches.paged(8)),
+        Case("paged and shared", caches.paged(8, share=2)),
+        Case("pages of a pool", caches.paged(5, pages=60), full=True),
+        Case("paged everywhere windowed", caches.paged(16, share=3), WINDOWED, full=True),
+    ),
     caches.recompute: (
         Case("recompute", caches.recompute(), keeps=False),
         Case("recompute beside dense", (caches.dense(), caches.recompute()), keeps=False, full=True),

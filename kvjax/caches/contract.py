@@ -105,7 +105,7 @@ class Span(struct.Value):
         """A view whose positions are places in the order of feeding, with positions of the text and a tree's mask."""
         if self.ancestors is None:
             return view
-        span = self if view.pages is None else self._rows(view.pages[0])
+        span = self if view.pages is None else self._rows(view.pages[0].reshape(-1))
         order = _for_rows(view.positions, span.start.shape[0])
         return view.replace(positions=span.text(order), visible=span.seen(order))
 
@@ -175,6 +175,10 @@ class Shared(struct.Value):
         """Gives back what lies at or past `lengths[B]`."""
         return self, jnp.zeros_like(lengths)
 
+    def own(self, places: Array) -> tuple[Any, Array]:
+        """Makes `places[B, n]` in the order of feeding, EMPTY for none, the row's own: they will be written."""
+        return self, jnp.zeros(places.shape[:1], jnp.int32)
+
     def release(self, rows: Array) -> tuple[Any, Array]:
         """Gives back all that rows `rows[B]` bool hold."""
         return self, jnp.zeros(rows.shape, jnp.int32)
@@ -235,7 +239,8 @@ class Node(struct.Value):
         raise NotImplementedError
 
     def rewind(self, lengths: Array, before: Any, shared: Any) -> Any:
-        """Forgets what lies at or past `lengths[B]`. Kinds whose positions follow from lengths have nothing to do."""
+        """Forgets what lies at or past `lengths[B]`, and moves what `shared` has elsewhere than `before`. Kinds whose
+        positions follow from lengths have nothing to do."""
         return self
 
     def take(self, rows: Array, before: Any, shared: Any) -> Any:

@@ -62,10 +62,10 @@ class View(struct.Value):
         k_scale, v_scale: factors that turn stored codes into keys and values: `[*lead, T]`, one per slot, or
             `[*lead, T / g, D]`, one per channel for every g slots; or None.
         absorb: for a view whose `k` and `v` hold what keys and values are made from (one head, width E).
-        pages: `(owner [P], table [B, n])` when the rows of the view are P pages: which row a page belongs to (pages
-            that nobody owns may name any row), and which pages a row has, in any order, `-1` for none.
+        pages: `(readers [P, W], places [B, n])` when the rows of the view are P pages: which rows read a page, -1 for
+            none, and where in `[P * W]` each page of a row is read for it, in any order, -1 for none.
         query_positions: `[B, S]`, where the queries stand for rotation against this view; None is where they are.
-        visible: `[B, S, T]` bool (P for pages), narrows what the arithmetic on positions allows: siblings of a tree
+        visible: `[B, S, T]` bool (P * W for pages), narrows what the arithmetic on positions allows: siblings of a tree
             share a position and do not see each other. None: arithmetic alone.
         window: a query sees positions less than `window` behind it; None sees all.
         sinks: positions below it are seen whatever the window.
@@ -297,17 +297,19 @@ def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule
 def _paged(
     q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule, lift: Array | None
 ) -> tuple[Array, Array, Array]:
-    # Every page attends for its owner, then each row gathers the small partial results of its pages: gathering the
+    # Every page attends for its readers, then each row gathers the small partial results of its pages: gathering the
     # pages themselves would copy the pool at every step.
     assert view.pages is not None
-    owner, table = view.pages
-    lift = None if lift is None else lift[owner]
-    parts = _partial(q[owner], positions[owner], view.replace(pages=None), kv_heads, rule, lift)
-    none = (table < 0)[:, :, None, None]
-    top, total, out = (x[jnp.maximum(table, 0)] for x in parts)  # [B, n, K, G * S(, D)]
-    top = jnp.where(none, MASKED, top)
+    readers, places = view.pages
+    rows = jnp.maximum(readers, 0).reshape(-1)  # [P * W]
+    lift = None if lift is None else lift[rows]
+    parts = _partial(q[rows], positions[rows], view.replace(pages=None), kv_heads, rule, lift)
+    at = jnp.where(places < 0, rows.shape[0], places)
+    # Where a row has no page stands what one slot that it cannot see would give.
+    pairs = zip(parts, (MASKED, 1, 0), strict=True)
+    top, total, out = (x.at[at].get(mode="fill", fill_value=none) for x, none in pairs)  # [B, n, K, G * S(, D)]
     highest = jnp.max(top, axis=1)
-    weight = jnp.where(none, 0.0, jnp.exp(top - highest[:, None]))
+    weight = jnp.exp(top - highest[:, None])
     return highest, jnp.sum(total * weight, axis=1), jnp.sum(out * weight[..., None], axis=1)
 
 
