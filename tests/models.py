@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
+from kvjax.config import Config, NormOrder
+from kvjax.ops import activations
+from kvjax.ops.norms import LayerNorm, OffsetRMSNorm
+from kvjax.ops.positions import Learned, LinearScaling, Rope
 from kvjax.testing.cases import (
     BATCH,
     CAPACITY,
@@ -23,8 +27,51 @@ from kvjax.testing.cases import (
     tiny,
 )
 
+LEARNED = dataclasses.replace(MIXED, positions=Learned(CAPACITY), max_positions=CAPACITY)
+"""No rotation: layer inputs can be absorbed."""
 ONE_LAYER = dataclasses.replace(FULL, num_layers=1, windows=())
 ONE_LAYER_WINDOWED = dataclasses.replace(FULL, num_layers=1, windows=(WINDOW,))
+GEMMA = Config(
+    VOCAB,
+    3,
+    32,
+    query_heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn_width=48,
+    norm=OffsetRMSNorm(1e-6),
+    norm_order=NormOrder.SANDWICH,
+    qk_norm=OffsetRMSNorm(1e-6),
+    activation=activations.gelu_tanh,
+    positions=Rope(10_000.0, LinearScaling(4.0)),
+    layer_positions=(Rope(100.0), Rope(10_000.0, LinearScaling(4.0)), Rope(100.0)),
+    windows=(WINDOW, None, WINDOW),
+    scale=8**-0.5,
+    embed_scale=32**0.5,
+    attention_softcap=5.0,
+    logit_softcap=30.0,
+    tied=False,
+)
+"""All that Gemma 2 and 3 have, in one model."""
+POST = Config(
+    VOCAB,
+    2,
+    32,
+    query_heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn_width=48,
+    norm=LayerNorm(),
+    norm_order=NormOrder.POST,
+    activation=activations.relu,
+    gated=False,
+    positions=Learned(96),
+    qkv_bias=True,
+    out_bias=True,
+    ffn_bias=True,
+    tied=False,
+)
+"""The decoder of the original Transformer, but for learned positions."""
 
 
 def filled(model, plan, *, seed: int = 0, valid=PROMPTS, capacity: int = CAPACITY):
@@ -48,9 +95,12 @@ __all__ = [
     "BATCH",
     "CAPACITY",
     "FULL",
+    "GEMMA",
+    "LEARNED",
     "MIXED",
     "ONE_LAYER",
     "ONE_LAYER_WINDOWED",
+    "POST",
     "PROMPTS",
     "SAMPLER",
     "STEPS",
