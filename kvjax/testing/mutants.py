@@ -65,7 +65,8 @@ class Mutant:
         views: `(views, span, window) -> views`, what attention reads; `window` is the layer's own.
         rows: `(node, rows) -> rows or None`, the rows that a `take` takes; None leaves the node as it is.
         drift: `(end, lengths) -> [B]`, by how much the node's own count is off after a rewind from `end`.
-        after: what becomes of a node's leaf that was rewound.
+        after: what becomes of a node's count that was rewound.
+        tired: whether the node loses a token when it has been extended often without being rewound.
         uses_up: whether rows that are taken use the node's buffers up.
         unlimited: whether the node claims that it can be rewound any number of tokens, and flags of what is shared are
             lost.
@@ -213,7 +214,9 @@ class Mutated(Node):
     def join(self, other: Any) -> Any:
         """See `Node`."""
         both = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
-        return self.replace(inner=self.inner.join(other.inner), end=both(self.end, other.end), off=both(self.off, other.off))
+        return self.replace(
+            inner=self.inner.join(other.inner), end=both(self.end, other.end), off=both(self.off, other.off)
+        )
 
     def move(self, source: Array, target: Array, shared: Any) -> Any:
         """See `Node`."""

@@ -178,7 +178,9 @@ class Books:
             start = len(self.tokens[row])
             self.tokens[row] += tokens[row, :n].tolist()
             for layer, rows in enumerate(self.rows):
-                h = np.array([[t, start + i, layer] for i, t in enumerate(tokens[row, :n])], np.float32).reshape(1, n, 3)
+                h = np.array([[t, start + i, layer] for i, t in enumerate(tokens[row, :n])], np.float32).reshape(
+                    1, n, 3
+                )
                 (keys, values), (h,) = (x[0] for x in _spell(h)), h
                 held = _held(cache, layer, row)
                 for i in range(n):
@@ -223,7 +225,10 @@ class Books:
                 # Where a group of tokens is coded once it is old, what is stored of a token depends on the length.
                 error = self.error if _coded_late(cache.layers[layer]) else 0.0
                 for at, found in held.items():
-                    good = [np.abs(a - b).max() <= error * np.abs(b).max() for a, b in zip(found, rows[row][at], strict=True)]
+                    good = [
+                        np.abs(a - b).max() <= error * np.abs(b).max()
+                        for a, b in zip(found, rows[row][at], strict=True)
+                    ]
                     expect(all(good), f"{what}: layer {layer}, row {row}, position {at} changed")
 
 

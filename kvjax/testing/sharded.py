@@ -60,7 +60,7 @@ def weights(layers: int) -> Any:
     """Random weights of a model with four query heads and four for keys and values."""
     keys = iter(jax.random.split(jax.random.key(0), 1 + 4 * layers))
     draw = lambda *shape: jax.random.normal(next(keys), shape) * 0.5  # noqa: E731
-    shapes = {name: (HEADS, WIDTH, DIM) for name in "qkv"} | {"out": (HEADS, DIM, WIDTH)}
+    shapes = dict.fromkeys("qkv", (HEADS, WIDTH, DIM)) | {"out": (HEADS, DIM, WIDTH)}
     return {
         "embed": draw(VOCAB, WIDTH),
         "layers": [{name: draw(*shape) for name, shape in shapes.items()} for _ in range(layers)],
