@@ -1,4 +1,4 @@
-"""Promise: every kind of cache passes the contract suite of `kvjax.testing`: the table of kinds × the list of checks."""
+"""Promise: every kind of cache passes the contract suite of `kvjax.testing`: a table of kinds × a list of checks."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ MAY_REFUSE = {
 def test_the_only_cells_that_may_be_refused_are_these():
     assert {(cell.kind, cell.operation) for cell in testing.REFUSED} == MAY_REFUSE, "the list may shrink, not grow"
     assert len(testing.REFUSED) == len(MAY_REFUSE) and all(cell.reason for cell in testing.REFUSED)
-    for kind, given in kinds.TABLE.items():
-        for case in given:
+    for kind, listed in kinds.TABLE.items():
+        for case in listed:
             found = {cell.operation for cell in testing.REFUSED if cell.kind in (kind.__name__, *words(case.plan))}
             assert set(case.refuses) <= found, f"{case.name} refuses {case.refuses}, and may refuse {found}"
             assert case.slack is None or "rewind" in found, f"{case.name} has a slack"
@@ -146,7 +146,7 @@ def test_a_suite_that_fails_says_which_check_and_why():
 
 def test_every_check_has_a_promise_and_a_name_of_its_own():
     names = [check.__name__ for check in testing.suite]
-    assert len(set(names)) == len(names) and all((check.__doc__ or "").endswith(".") for check in testing.suite)
+    assert len(set(names)) == len(names) and all((check.__doc__ or "").strip().endswith(".") for check in testing.suite)
 
 
 def test_importing_kvjax_does_not_import_the_kit_nor_the_kit_a_test_runner():

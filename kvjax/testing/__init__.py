@@ -3,7 +3,7 @@
 Needs no test runner. `import kvjax` does not import it; `kvjax.testing` does.
 """
 
-from kvjax.testing import contract, mutants
+from kvjax.testing import mutants
 from kvjax.testing.cases import Case
 from kvjax.testing.contract import REFUSED, SuiteReport, run_suite, suite
 from kvjax.testing.equivalence import Report, against, check_equivalence, greedy, sampled

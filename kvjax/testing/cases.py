@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -120,7 +120,7 @@ def _fed(model: Model, cache: Cache, lengths: np.ndarray) -> tuple[Array, Cache]
     return jnp.asarray(logits), cache
 
 
-def steps_over(model: Model, cache: Cache, tokens: Sequence[Any]) -> tuple[np.ndarray, Cache]:
+def steps_over(model: Model, cache: Cache, tokens: Any) -> tuple[np.ndarray, Cache]:
     """Feeds `tokens[n, B]` step by step: logits `[n, B, V]` and the cache."""
     found = []
     for each in tokens:

@@ -31,8 +31,13 @@ LENGTHS = (16, 7, 1)
 class Algorithm(Protocol):
     """Makes tokens; anything with a name and these two functions is one."""
 
-    name: str
-    steps: int
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def steps(self) -> int:
+        """New tokens a row."""
 
     def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
         """From a prefilled cache and its logits: new tokens `[B, steps]`, and the logits after the last."""
@@ -231,6 +236,10 @@ class Report:
             lines.append(f"{name:<30} {how:<16} {each.tokens:>7} {len(each.ties):>4} {each.worst:>8.1e}  {result}")
             lines += [f"  {text}" for text in each.wrong] + [f"  tie: {tie}" for tie in each.ties]
         return "\n".join(lines)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def check_equivalence(

@@ -1,4 +1,4 @@
-"""Checks of the contract suite over random sequences of operations, against no cache and against a NumPy model of one."""
+"""Checks of the contract suite over random sequences of operations: against no cache, and a NumPy model of one."""
 
 from __future__ import annotations
 
@@ -196,8 +196,10 @@ class Books:
 
     def perform(self, name: str, argument: Any, other: Books) -> None:
         """The same operation on lists."""
-        for lists, others in zip((*self.rows, self.tokens), (*other.rows, other.tokens), strict=True):
-            rows: list[Any] = list(lists)
+        mine: list[Any] = [*self.rows, self.tokens]
+        theirs: list[Any] = [*other.rows, other.tokens]
+        for lists, others in zip(mine, theirs, strict=True):
+            rows = list(lists)
             if name == "rewind":
                 rows = [row[:n] for row, n in zip(rows, argument, strict=True)]
             elif name == "insert":
@@ -249,7 +251,7 @@ def _held(cache: Cache, layer: int, row: int) -> dict[int, tuple[np.ndarray, np.
 
 
 def bookkeeping(case: Case, choose: Choose | None = None, count: int = 24) -> None:
-    """Any sequence of operations leaves what a plain NumPy model of a cache says: positions, keys, values, as stored."""
+    """Any sequence of operations leaves what a NumPy model of a cache says: positions, keys, values, as stored."""
     if not case.keeps:
         return
     layers = case.config.num_layers
