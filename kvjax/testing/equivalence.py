@@ -58,11 +58,11 @@ class Greedy:
     def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
         """See `Algorithm`."""
         if self.scan:
-            tokens, logits, cache = decode(model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds)
+            made, logits, cache = decode(model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds)
         else:
-            tokens, logits, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
+            made, logits, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
         cache.check()
-        return np.asarray(tokens), logits
+        return np.asarray(made), logits
 
     def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
         """See `Algorithm`."""
@@ -101,7 +101,7 @@ def sampled(sampler: Any = None, steps: int = 64, *, scan: bool = True) -> Sampl
 
 def step_loop(
     model: Model, cache: Any, logits: Array, steps: int, sampler: Any, seeds: np.ndarray
-) -> tuple[np.ndarray, Array, Any]:
+) -> tuple[Any, Array, Any]:
     """What `kvjax.decode` does in one scan, as a loop of `kvjax.step`: tokens `[B, steps]`, logits and the cache."""
     keys, found = sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), []
     for _ in range(steps):

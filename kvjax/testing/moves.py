@@ -134,9 +134,10 @@ def types(case: Case) -> None:
     same_type = [cache, step(case.model, cache, FEED[0])[1], cache.rewind(cache.lengths), cache.take([0, 1, 2])]
     same_type += [cache.reorder([2, 0, 1]), cache.resize(CAPACITY + 32).resize(CAPACITY), cache.release([0])]
     same_type.append(jax.tree.unflatten(*reversed(jax.tree.flatten(cache))))
-    want, structure = jax.tree.map(_aval, case.empty()), jax.tree.structure(cache)
+    want: Any = jax.tree.map(_aval, case.empty())
+    structure: Any = jax.tree.structure(cache)
     for each in same_type:
-        expect(bool(jax.tree.structure(each) == structure), "the structure changed")
+        expect(structure == jax.tree.structure(each), "the structure changed")
         expect(jax.tree.map(_aval, each) == want, "a shape, a dtype or a weak type changed")
     tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     logits, after = jax.eval_shape(step, case.model, jax.eval_shape(lambda: cache), tokens)
