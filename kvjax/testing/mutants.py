@@ -71,6 +71,7 @@ class Mutant:
         unlimited: whether the node claims that it can be rewound any number of tokens, and flags of what is shared are
             lost.
         lengths: what the entries that layers share are told to rewind to.
+        seen_by: the check that most likely sees it, by name; tried first.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Mutant:
     uses_up: bool = False
     unlimited: bool = False
     lengths: Callable[[Array], Array] | None = None
+    seen_by: str = "same_logits"
 
     def __call__(self, plan: Any) -> Any:
         """A plan of the same layers, broken."""
@@ -391,9 +393,9 @@ def _under_jit(end: Array, rows: Array) -> Array:
 MUTANTS = (
     Mutant("start + 1", span=_shift(start=1)),
     Mutant("start - 1", span=_shift(start=-1)),
-    Mutant("valid + 1", lambda facts: facts.keeps, span=_shift(valid=1)),
+    Mutant("valid + 1", lambda facts: facts.keeps, span=_shift(valid=1), seen_by="idle_rows"),
     Mutant("valid - 1", span=_shift(valid=-1)),
-    Mutant("write clamped", lambda facts: facts.keeps, span=_clamped),
+    Mutant("write clamped", lambda facts: facts.keeps, span=_clamped, seen_by="idle_rows"),
     Mutant("stale positions", views=_each_view(_stale)),
     Mutant("mask < for <=", views=_each_view(lambda view, span, _: _where_held(view, view.positions + 1))),
     Mutant("unused slots seen", views=_each_view(_unused_seen)),
@@ -402,17 +404,24 @@ MUTANTS = (
     Mutant("key position + 1", lambda facts: facts.turned, project=_turned(1)),
     Mutant("key position - 1", lambda facts: facts.turned, project=_turned(-1)),
     Mutant("a neighbour's scale", lambda facts: facts.scales, views=_each_view(_neighbours_scale)),
-    Mutant("gradient stopped", lambda facts: facts.exact and facts.floats, views=_each_view(_without_gradient)),
-    Mutant("rewind a no-op", drift=lambda end, lengths: end - lengths),
-    Mutant("rewind off by one", drift=lambda end, lengths: (end > lengths).astype(jnp.int32)),
-    Mutant("another dtype after a call", extended=lambda end: end.astype(jnp.float32)),
-    Mutant("another dtype after a rewind", after=lambda end: end.astype(jnp.float32)),
-    Mutant("take = identity", lambda facts: facts.moves, rows=_left_where_they_are),
-    Mutant("rows swapped", lambda facts: facts.moves, rows=lambda end, rows: jnp.roll(rows, 1)),
-    Mutant("rows swapped under jit", lambda facts: facts.moves, rows=_under_jit),
-    Mutant("take uses its cache up", lambda facts: facts.moves, uses_up=True),
-    Mutant("flag never set", lambda facts: facts.slack, unlimited=True),
-    Mutant("a page released too early", lambda facts: facts.shares, lengths=lambda lengths: lengths // 2),
+    Mutant(
+        "gradient stopped",
+        lambda facts: facts.exact and facts.floats,
+        views=_each_view(_without_gradient),
+        seen_by="gradients",
+    ),
+    Mutant("rewind a no-op", drift=lambda end, lengths: end - lengths, seen_by="rewind"),
+    Mutant("rewind off by one", drift=lambda end, lengths: (end > lengths).astype(jnp.int32), seen_by="rewind"),
+    Mutant("another dtype after a call", extended=lambda end: end.astype(jnp.float32), seen_by="types"),
+    Mutant("another dtype after a rewind", after=lambda end: end.astype(jnp.float32), seen_by="types"),
+    Mutant("take = identity", lambda facts: facts.moves, rows=_left_where_they_are, seen_by="rows"),
+    Mutant("rows swapped", lambda facts: facts.moves, rows=lambda end, rows: jnp.roll(rows, 1), seen_by="rows"),
+    Mutant("rows swapped under jit", lambda facts: facts.moves, rows=_under_jit, seen_by="jit_is_eager"),
+    Mutant("take uses its cache up", lambda facts: facts.moves, uses_up=True, seen_by="value"),
+    Mutant("flag never set", lambda facts: facts.slack, unlimited=True, seen_by="rewind_beyond_the_slack"),
+    Mutant(
+        "a page released too early", lambda facts: facts.shares, lengths=lambda lengths: lengths // 2, seen_by="rewind"
+    ),
 )
 """Every mutant, each wrong in one way."""
 
@@ -429,11 +438,12 @@ def killers(case: Case, checks: Any, mutants: tuple[Mutant, ...] = MUTANTS) -> d
         checks: in the order in which they are tried.
         mutants: to be tried.
     """
-    applied = [mutant for mutant in mutants if mutant.applies(case)]
-    return {
-        mutant.name: next((check.__name__ for check in checks if kills(check, mutant.of(case))), None)
-        for mutant in applied
-    }
+    found: dict[str, str | None] = {}
+    for mutant in mutants:
+        if mutant.applies(case):
+            broken, order = mutant.of(case), sorted(checks, key=lambda check: check.__name__ != mutant.seen_by)
+            found[mutant.name] = next((check.__name__ for check in order if kills(check, broken)), None)
+    return found
 
 
 def kills(check: Callable[[Case], object], broken: Case) -> bool:
