@@ -26,6 +26,8 @@ PROMPTS = np.array([16, 7, 1], np.int32)
 FULL = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False)
 WINDOWED = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False, windows=(WINDOW,) * 2)
 MIXED = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False, windows=(WINDOW, None))
+LEARNED = dataclasses.replace(MIXED, positions=Learned(CAPACITY), max_positions=CAPACITY)
+"""No rotation: layer inputs can be absorbed."""
 ONE_LAYER = dataclasses.replace(FULL, num_layers=1, windows=())
 ONE_LAYER_WINDOWED = dataclasses.replace(FULL, num_layers=1, windows=(WINDOW,))
 GEMMA = Config(

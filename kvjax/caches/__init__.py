@@ -6,12 +6,13 @@ from kvjax.caches import words
 from kvjax.caches.base import Cache, Kind, OpenCache
 from kvjax.caches.dense import dense
 from kvjax.caches.layer_input import layer_input
+from kvjax.caches.paged import paged
 from kvjax.caches.plans import default, init_layers, per_layer
 from kvjax.caches.recompute import recompute
 from kvjax.caches.ring import ring
 from kvjax.caches.trace import hybrid, output, traced
 
-KINDS = (dense, ring, recompute, layer_input, traced, output, hybrid)
+KINDS = (dense, ring, paged, recompute, layer_input, traced, output, hybrid)
 """Every kind; the shared tests and the command line run over it."""
 
 
@@ -33,6 +34,7 @@ def parse(text: str) -> Any:
 __all__ = [
     "dense",
     "ring",
+    "paged",
     "recompute",
     "layer_input",
     "traced",

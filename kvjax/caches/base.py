@@ -143,8 +143,11 @@ class Cache(struct.Value):
             fresh = jnp.arange(capacity, dtype=jnp.int32)[None, :] >= self.capacity
             tokens = jnp.where(fresh, -1, tokens)
         shared = {name: entry.resize(capacity) for name, entry in self.shared.items()}
+        layers = self.layers
+        if capacity < self.capacity and shared:  # what is cut off moves first
+            layers = tuple(node.rewind(self.lengths, self.shared, shared) for node in layers)
         return self.replace(
-            layers=tuple(node.resize(capacity, shared) for node in self.layers),
+            layers=tuple(node.resize(capacity, shared) for node in layers),
             shared=shared,
             tokens=tokens,
             flags=self.flags & ~CAPACITY,
@@ -178,20 +181,21 @@ class Cache(struct.Value):
             if 0 <= want <= have:
                 raise CacheError(
                     f"rewind: row {row} to length {want} is {far - want} behind the furthest token written ({far}), "
-                    f"and this plan keeps {self.max_rewind}; give the ring more slack"
+                    f"and this plan keeps {self.max_rewind}; give it more slack"
                 )
             raise CacheError(f"rewind: row {row} to length {want}, but the row has {have} tokens")
         target = jnp.clip(target, 0, self.lengths)
         shared, refused = _ask(self.shared, lambda entry: entry.rewind(target), jnp.zeros_like(target))
-        wrong |= refused != 0
-        if is_concrete(wrong) and np.asarray(wrong).any():
-            row = int(np.argmax(np.asarray(wrong)))
-            raise CacheError(f"rewind: row {row} to length {int(target[row])} goes into what other rows share")
+        if is_concrete(refused):
+            for row in map(int, np.flatnonzero(refused)):
+                why = "needs a page of its own" if refused[row] & PAGES else "goes into what other rows share"
+                raise CacheError(f"rewind: row {row} to length {int(target[row])} {why}: {_meaning(refused[row])}")
+        target = jnp.where(refused != 0, self.lengths, target)
         return self.replace(
             layers=tuple(node.rewind(target, self.shared, shared) for node in self.layers),
             shared=shared,
             lengths=target,
-            flags=jnp.where(wrong, REWIND, 0).astype(jnp.int32),
+            flags=(refused | jnp.where(wrong, REWIND, 0)).astype(jnp.int32),
         )
 
     def release(self, rows: Any) -> Cache:
@@ -323,12 +327,16 @@ class Cache(struct.Value):
         steps = jnp.arange(path.shape[1], dtype=jnp.int32)[None, :]
         source = start[:, None] + path
         target = jnp.where(steps < counts[:, None], start[:, None] + steps, EMPTY)
+        shared, refused = _ask(self.shared, lambda entry: entry.own(target), jnp.zeros_like(self.flags))
+        target = jnp.where(refused[:, None] != 0, EMPTY, target)
+        layers = tuple(node.rewind(self.lengths, self.shared, shared) for node in self.layers)
         moved = jnp.take_along_axis(self.tokens, source, axis=1, mode="clip")
         kept = self.replace(
-            layers=tuple(node.move(source, target, self.shared) for node in self.layers),
+            layers=tuple(node.move(source, target, shared) for node in layers),
+            shared=shared,
             tokens=self.tokens.at[jnp.arange(self.batch)[:, None], target].set(moved, mode="drop"),
-        )
-        return kept.rewind(start + counts)
+        ).rewind(jnp.where(refused != 0, self.lengths, start + counts))
+        return kept.replace(flags=kept.flags | refused)
 
     def check(self) -> Cache:
         """Itself, or the error that its flags stand for. Waits for the device; for loops of one's own.
@@ -338,9 +346,13 @@ class Cache(struct.Value):
         """
         flags, lengths = np.asarray(self.flags), np.asarray(self.lengths)
         for row in np.flatnonzero(flags):
-            what = "; ".join(text for bit, text in MEANING.items() if flags[row] & bit)
+            what = _meaning(flags[row])
             raise CacheError(f"row {row}, length {lengths[row]}, capacity {self.capacity}: {what}")
         return self
+
+
+def _meaning(flags: Any) -> str:
+    return "; ".join(text for bit, text in MEANING.items() if flags & bit)
 
 
 def _ask(

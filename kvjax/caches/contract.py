@@ -105,7 +105,7 @@ class Span(struct.Value):
         """A view whose positions are places in the order of feeding, with positions of the text and a tree's mask."""
         if self.ancestors is None:
             return view
-        span = self if view.pages is None else self._rows(view.pages[0])
+        span = self if view.pages is None else self._rows(view.pages[0].reshape(-1))
         order = _for_rows(view.positions, span.start.shape[0])
         return view.replace(positions=span.text(order), visible=span.seen(order))
 
@@ -175,6 +175,10 @@ class Shared(struct.Value):
         """Gives back what lies at or past `lengths[B]`."""
         return self, jnp.zeros_like(lengths)
 
+    def own(self, places: Array) -> tuple[Any, Array]:
+        """Makes `places[B, n]` in the order of feeding, EMPTY for none, the row's own: they will be written."""
+        return self, jnp.zeros(places.shape[:1], jnp.int32)
+
     def release(self, rows: Array) -> tuple[Any, Array]:
         """Gives back all that rows `rows[B]` bool hold."""
         return self, jnp.zeros(rows.shape, jnp.int32)
@@ -201,8 +205,12 @@ class Node(struct.Value):
     replays = False
     """Whether the layer keeps nothing, so that every call must feed the whole text again."""
 
-    max_rewind: int | None = None
-    """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
+    @property
+    def max_rewind(self) -> int | None:
+        """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
+        parts = jax.tree.leaves(self, is_leaf=self._is_part)
+        limits = [part.max_rewind for part in parts if self._is_part(part) and part.max_rewind is not None]
+        return min(limits, default=None)
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         """Takes in the new tokens; hands back the views to attend over and the node that has them.
@@ -235,7 +243,8 @@ class Node(struct.Value):
         raise NotImplementedError
 
     def rewind(self, lengths: Array, before: Any, shared: Any) -> Any:
-        """Forgets what lies at or past `lengths[B]`. Kinds whose positions follow from lengths have nothing to do."""
+        """Forgets what lies at or past `lengths[B]`, and moves what `shared` has elsewhere than `before`. Kinds whose
+        positions follow from lengths have nothing to do."""
         return self
 
     def take(self, rows: Array, before: Any, shared: Any) -> Any:
@@ -262,7 +271,10 @@ class Node(struct.Value):
         def one(part: Any, *rest: Any) -> Any:
             return on_node(part, *rest) if isinstance(part, Node) else on_store(part, *rest)
 
-        return jax.tree.map(one, self, *others, is_leaf=lambda x: x is not self and isinstance(x, Store | Node))
+        return jax.tree.map(one, self, *others, is_leaf=self._is_part)
+
+    def _is_part(self, x: Any) -> bool:
+        return x is not self and isinstance(x, Store | Node)
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """Keys and values `[B, K, T, D]`, decoded, and the position `[B, T]` of every slot; a copy, for looking."""
@@ -312,7 +324,21 @@ def filled_positions(capacity: int, end: Array) -> Array:
 def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: Any) -> tuple[View, ...]:
     """One view for each pair of segments that two stores of one codec gave; `static` are further fields of `View`."""
     pairs = zip(keys, values, strict=True)
-    return tuple(View(k.data, v.data, k.positions, k.scale, v.scale, **static) for k, v in pairs)
+    return tuple(
+        View(
+            k.data,
+            v.data,
+            k.positions,
+            k.scale,
+            v.scale,
+            k_zero=k.zero,
+            v_zero=v.zero,
+            k_decode=k.decode,
+            v_decode=v.decode,
+            **static,
+        )
+        for k, v in pairs
+    )
 
 
 __all__ = [
