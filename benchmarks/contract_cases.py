@@ -146,7 +146,7 @@ def one_by_one(rows: list[np.ndarray]) -> tuple[int, ...]:
 # ---------------------------------------------------------------- 1. ring × int8, chunks longer than the window
 
 
-class FloatChunk(kinds.Int8Store):
+class FloatChunk(codecs.ScaledStore):
     """Broken: a chunk that is read before it is kept is read in full precision."""
 
     def fresh(self, x: Array, positions: Array) -> Any:
@@ -156,12 +156,21 @@ class FloatChunk(kinds.Int8Store):
 FloatChunk = kinds.struct.node(FloatChunk)
 
 
+@dataclasses.dataclass(frozen=True)
+class FloatChunks(codecs.Codec):
+    """Makes `FloatChunk`s of int8."""
+
+    def empty(self, *size: Any) -> Any:
+        made = codecs.int8().empty(*size)
+        return FloatChunk(made.codes, made.scale, made.heads, made.code)
+
+
 def ring_int8(broken: bool, full: bool = True) -> dict[str, float]:
     """A ring of int8 in chunks against a dense int8 cache with a window, fed token by token."""
     m, rows = model(LOCAL), prompts()
-    store = kinds.Int8(FloatChunk if broken else kinds.Int8Store)
+    store = FloatChunks() if broken else codecs.int8()
     got = play(m, fresh(m, caches.ring(WINDOW, slack=3, store=store)), rows, full=full)
-    want = play(m, fresh(m, caches.dense(store=kinds.Int8())), rows, one_by_one(rows), full=full)
+    want = play(m, fresh(m, caches.dense(store=codecs.int8())), rows, one_by_one(rows), full=full)
     held = np.asarray(got.cache.positions(0))  # first layer: its input knows no cache
     b, t = np.nonzero(held != EMPTY)
     codes = [storage.unpack(c.layers[0].k.codes, 2, 1) for c in (got.cache, want.cache)]
@@ -252,7 +261,7 @@ def with_pages(cache: Cache, broken: bool) -> Cache:
 def paged(broken: bool, full: bool = True) -> dict[str, float]:
     """Pages of 4, fewer of them than rows × capacity, plain and int8, against dense; and a pool that runs out."""
     m, rows, out = model(LLAMA), prompts((23, 17, 5)), {}
-    for name, store in (("plain", codecs.plain()), ("int8", kinds.Int8()))[: 2 if full else 1]:
+    for name, store in (("plain", codecs.plain()), ("int8", codecs.int8()))[: 2 if full else 1]:
         cache = with_pages(fresh(m, caches.paged(4, 22, store=store), batch=3), broken)  # of 3 × 12
         chunks = CHUNKS if name == "plain" else one_by_one(rows)
         whole = fresh(m, caches.dense(store=store), batch=3)

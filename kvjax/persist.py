@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import hashlib
 import json
@@ -223,6 +224,8 @@ def _described(value: Any) -> Any:
     """A configuration as JSON: fields of dataclasses by name, functions by module and name."""
     if value is None or type(value) in (bool, int, str):
         return value
+    if isinstance(value, enum.Enum):
+        return str(value)
     if isinstance(value, float):
         return repr(value)  # JSON has no infinity
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -246,7 +249,7 @@ def _same_model(path: Any, model: Model, config: Any, model_hash: str) -> None:
     theirs, mine = (x if isinstance(x, dict) else {"": x} for x in (config, ours))
     for key in sorted(theirs.keys() | mine.keys()):
         if theirs.get(key) != mine.get(key):
-            values = (show(json.dumps(x.get(key))) for x in (theirs, mine))
+            values = (json.dumps(x.get(key))[:80] for x in (theirs, mine))
             name = f"config.{key}" if key else "config"
             raise CheckpointError(f"{path}: {name} is {' there, '.join(values)} in this model: it is another model's")
     if (own := fingerprint(model.params)) != model_hash:
