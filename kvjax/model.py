@@ -61,6 +61,7 @@ def final_norm(params: Params, config: Config, x: Array) -> Array:
     return config.norm(params["final_norm"], x) if "final_norm" in params else x
 
 
+@jax.named_scope("head")
 def decoder_head(params: Params, config: Config, x: Array) -> Array:
     """Features `[B, S, M]` to logits `[B, S, V]`, at least float32."""
     precise = jnp.promote_types(jnp.float32, x.dtype)

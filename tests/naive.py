@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from kvjax.config import NormOrder
 from kvjax.ops.norms import LayerNorm
 
 
@@ -16,6 +17,18 @@ def norm(config, params, x):
         x = x - x.mean(axis=-1, keepdims=True)
     y = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + config.norm.eps) * params["scale"]
     return y + params["bias"] if "bias" in params else y
+
+
+def normed(config, layer, part, x):
+    return x if config.norm_order is NormOrder.POST else norm(config, layer[f"{part}_norm"], x)
+
+
+def joined(config, layer, part, x, y):
+    if config.norm_order is NormOrder.PRE:
+        return x + y
+    if config.norm_order is NormOrder.SANDWICH:
+        return x + norm(config, layer[f"{part}_post_norm"], y)
+    return norm(config, layer[f"{part}_norm"], x + y)
 
 
 def linear(params, x):
@@ -66,18 +79,18 @@ def run(model, tokens, patches=(), *, window=None, sinks=0, in_cache=False):
         for at, position, vector in patches:
             if at == i:
                 x[position] = vector
-        qkv = linear(layer["attn"]["qkv"], norm(c, layer["attn_norm"], x)).reshape(n, -1, c.head_dim)
+        qkv = linear(layer["attn"]["qkv"], normed(c, layer, "attn", x)).reshape(n, -1, c.head_dim)
         q, k, v = np.split(qkv, [c.query_heads, c.query_heads + c.kv_heads], axis=1)
         y = attend(c, q, k, v, c.windows[i] if window is None else window, sinks, in_cache)
-        x = sites[i, "after_self_attention"] = x + linear(layer["attn"]["out"], y)
-        y = norm(c, layer["ffn_norm"], x)
+        x = sites[i, "after_self_attention"] = joined(c, layer, "attn", x, linear(layer["attn"]["out"], y))
+        y = normed(c, layer, "ffn", x)
         if c.gated:
             gate, up = np.split(linear(layer["ffn"]["gate_up"], y), 2, axis=-1)
             y = linear(layer["ffn"]["down"], gate / (1 + np.exp(-gate)) * up)  # silu
         else:
             y = linear(layer["ffn"]["down"], linear(layer["ffn"]["up"], y).clip(0))  # relu
-        x = sites[i, "after_ffn"] = x + y
-    y = norm(c, p["final_norm"], x)
+        x = sites[i, "after_ffn"] = joined(c, layer, "ffn", x, y)
+    y = norm(c, p["final_norm"], x) if "final_norm" in p else x
     return y @ (p["embed"]["table"].T if c.tied else p["head"]["kernel"]), sites
 
 

@@ -263,7 +263,7 @@ def test_info_tells_family_shapes_and_the_bytes_of_every_kind(command, folder):
 
 
 def test_help_has_examples_and_version_names_what_runs(command):
-    for argv in (["--help"], ["generate", "--help"], ["info", "--help"]):
+    for argv in (["--help"], ["generate", "--help"], ["info", "--help"], ["compare", "--help"]):
         code, out, err = command(*argv)
         assert (code, err) == (0, "") and "examples:\n  kvjax " in out
     code, out, _ = command("--version")

@@ -181,7 +181,7 @@ class Cache(struct.Value):
             if 0 <= want <= have:
                 raise CacheError(
                     f"rewind: row {row} to length {want} is {far - want} behind the furthest token written ({far}), "
-                    f"and this plan keeps {self.max_rewind}; give the ring more slack"
+                    f"and this plan keeps {self.max_rewind}; give it more slack"
                 )
             raise CacheError(f"rewind: row {row} to length {want}, but the row has {have} tokens")
         target = jnp.clip(target, 0, self.lengths)

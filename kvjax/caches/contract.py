@@ -205,8 +205,12 @@ class Node(struct.Value):
     replays = False
     """Whether the layer keeps nothing, so that every call must feed the whole text again."""
 
-    max_rewind: int | None = None
-    """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
+    @property
+    def max_rewind(self) -> int | None:
+        """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
+        parts = jax.tree.leaves(self, is_leaf=self._is_part)
+        limits = [part.max_rewind for part in parts if self._is_part(part) and part.max_rewind is not None]
+        return min(limits, default=None)
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         """Takes in the new tokens; hands back the views to attend over and the node that has them.
@@ -267,7 +271,10 @@ class Node(struct.Value):
         def one(part: Any, *rest: Any) -> Any:
             return on_node(part, *rest) if isinstance(part, Node) else on_store(part, *rest)
 
-        return jax.tree.map(one, self, *others, is_leaf=lambda x: x is not self and isinstance(x, Store | Node))
+        return jax.tree.map(one, self, *others, is_leaf=self._is_part)
+
+    def _is_part(self, x: Any) -> bool:
+        return x is not self and isinstance(x, Store | Node)
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """Keys and values `[B, K, T, D]`, decoded, and the position `[B, T]` of every slot; a copy, for looking."""
@@ -317,7 +324,21 @@ def filled_positions(capacity: int, end: Array) -> Array:
 def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: Any) -> tuple[View, ...]:
     """One view for each pair of segments that two stores of one codec gave; `static` are further fields of `View`."""
     pairs = zip(keys, values, strict=True)
-    return tuple(View(k.data, v.data, k.positions, k.scale, v.scale, **static) for k, v in pairs)
+    return tuple(
+        View(
+            k.data,
+            v.data,
+            k.positions,
+            k.scale,
+            v.scale,
+            k_zero=k.zero,
+            v_zero=v.zero,
+            k_decode=k.decode,
+            v_decode=v.decode,
+            **static,
+        )
+        for k, v in pairs
+    )
 
 
 __all__ = [

@@ -87,7 +87,7 @@ def _plain(theta: float, fields: Fields, original: int, positions: int) -> tuple
 def _linear(theta: float, fields: Fields, original: int, positions: int) -> tuple[Rope, int]:
     factor = fields.number("factor")
     # Some files give the length before scaling here, some the one after; too far is slow, too short refuses text.
-    return Rope(theta, LinearScaling(factor)), max(positions, math.floor(factor * positions))
+    return Rope(theta, LinearScaling(factor)), _reach(positions, factor, positions)
 
 
 def _llama3(theta: float, fields: Fields, original: int, positions: int) -> tuple[Rope, int]:
@@ -96,7 +96,7 @@ def _llama3(theta: float, fields: Fields, original: int, positions: int) -> tupl
         raise CheckpointError(f"config.json: high_freq_factor {high} must exceed low_freq_factor {low}")
     factor = fields.number("factor")
     scaling: Scaling = Llama3Scaling(factor, low, high, original)
-    return Rope(theta, scaling), max(positions, math.floor(factor * original))
+    return Rope(theta, scaling), _reach(positions, factor, original)
 
 
 def _yarn(theta: float, fields: Fields, original: int, positions: int) -> tuple[Rope, int]:
@@ -113,7 +113,13 @@ def _yarn(theta: float, fields: Fields, original: int, positions: int) -> tuple[
         attention_factor=attention,
         truncate=fields.flag("truncate", True),
     )
-    return Rope(theta, scaling), max(positions, math.floor(factor * original))
+    return Rope(theta, scaling), _reach(positions, factor, original)
+
+
+def _reach(positions: int, factor: float, original: int) -> int:
+    if factor * original >= 2**31:
+        raise CheckpointError(f"config.json: a RoPE factor of {factor} stretches {original} positions beyond int32")
+    return max(positions, math.floor(factor * original))
 
 
 def _mscale(fields: Fields, name: str) -> float | None:

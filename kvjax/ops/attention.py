@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvjax import struct
+from kvjax.ops import decoding
 from kvjax.ops.activations import softcapped
 from kvjax.types import Array
 
@@ -31,6 +32,10 @@ BLOCK = 256
 
 BLOCKWISE_ABOVE = 1024
 """Slots from which a call with more than BLOCK queries is blockwise."""
+
+
+Decode = Callable[[Array, Any], tuple[Array, ...]]
+"""Turns codes `[..., D']` as stored into numbers of a dtype, `[..., D]` in parts along D; module-level."""
 
 
 @struct.node
@@ -61,6 +66,7 @@ class View(struct.Value):
         positions: `[R or B or 1, T]` int32, absolute position of every slot, `EMPTY` where there is none.
         k_scale, v_scale: factors that turn stored codes into keys and values: `[*lead, T]`, one per slot, or
             `[*lead, T / g, D]`, one per channel for every g slots; or None.
+        k_zero, v_zero: `[*lead, T / g, D]`, added per channel to what the scale has multiplied; or None.
         absorb: for a view whose `k` and `v` hold what keys and values are made from (one head, width E).
         pages: `(readers [P, W], places [B, n])` when the rows of the view are P pages: which rows read a page, -1 for
             none, and where in `[P * W]` each page of a row is read for it, in any order, -1 for none.
@@ -70,6 +76,8 @@ class View(struct.Value):
         window: a query sees positions less than `window` behind it; None sees all.
         sinks: positions below it are seen whatever the window.
         rotated: whether the keys are stored turned to their positions; if not, they are turned when they are read.
+        k_decode, v_decode: `(stored, dtype) -> parts`, the numbers that packed codes stand for, their channels in one
+            or several parts; None casts.
     """
 
     k: Array
@@ -84,6 +92,10 @@ class View(struct.Value):
     window: int | None = struct.static(default=None)
     sinks: int = struct.static(default=0)
     rotated: bool = struct.static(default=True)
+    k_zero: Array | None = None
+    v_zero: Array | None = None
+    k_decode: Decode | None = struct.static(default=None)
+    v_decode: Decode | None = struct.static(default=None)
 
 
 def visible(query: Array, key: Array, window: int | None, sinks: int) -> Array:
@@ -164,6 +176,7 @@ class _Rule(NamedTuple):
     rotate: Callable[[Array, Array], Array] | None
 
 
+@jax.named_scope("scores")
 def _attend(q: Array, positions: Array, views: tuple[View, ...], *, kv_heads: int, rule: _Rule) -> Array:
     b, s, h, d = q.shape
     parts = []
@@ -197,6 +210,9 @@ def _partial(
         return _absorbed(q, positions, view, kv_heads, rule)
     if view.pages is not None:
         return _paged(q, positions, view, kv_heads, rule, lift)
+    if decoding.in_blocks(q, view, rule.rotate):
+        # In blocks of slots: XLA:CPU would make a copy of the whole buffer in the dtype of the queries.
+        return decoding.by_blocks(lambda block: _partial(q, positions, block, kv_heads, rule, lift), view, EMPTY)
     b, s, h, d = q.shape
     lead, k = view.k.shape[:-2], kv_heads
     g, rows = h // k, math.prod(lead) // k
@@ -208,11 +224,11 @@ def _partial(
         return x.reshape(rows, share, s, k, g, -1).transpose(0, 3, 1, 4, 2, 5).reshape(*lead, share * g * s, -1)
 
     q = queries(q)
-    keys, k_scale = _decoded(view.k, view.k_scale, q.dtype)
+    keys, k_scale = decoding.decoded(view.k, view.k_scale, view.k_zero, view.k_decode, q.dtype)
     if not view.rotated and rule.rotate is not None:
-        keys = _turned(keys, view.positions, rows, rule.rotate)
+        keys = (_turned(jnp.concatenate(keys, axis=-1), view.positions, rows, rule.rotate),)
     # Scaled here and not in q: a half-precision q would round the scale into every score.
-    scores = _contract(q, keys, q.ndim - 1, keys.ndim - 1, len(lead), precise) * rule.scale  # [*lead, share * G * S, T]
+    scores = _scores(q, keys, len(lead), precise) * rule.scale  # [*lead, share * G * S, T]
     if k_scale is not None:
         scores = scores * k_scale[..., None, :].astype(precise)
     if lift is not None:
@@ -225,10 +241,15 @@ def _partial(
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1)
-    values, v_scale = _decoded(view.v, view.v_scale, q.dtype)
+    values, v_scale = decoding.decoded(view.v, view.v_scale, view.v_zero, view.v_decode, q.dtype)
     if v_scale is not None:
         weights = weights * v_scale[..., None, :].astype(precise)
-    out = _contract(weights.astype(q.dtype), values, weights.ndim - 1, values.ndim - 2, len(lead), precise)
+    room = decoding.headroom(weights, q.dtype) if v_scale is not None else None
+    weights = weights if room is None else weights / room
+    weights = weights.astype(q.dtype)
+    parts = [_contract(weights, x, weights.ndim - 1, x.ndim - 2, len(lead), precise) for x in values]
+    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    out = out if room is None else out * room
 
     def rows_first(x: Array) -> Array:  # [*lead, share * G * S, ...] -> [B, K, G * S, ...]
         rest = x.shape[len(lead) + 1 :]
@@ -237,13 +258,16 @@ def _partial(
     return rows_first(top[..., 0]), rows_first(total), rows_first(out)
 
 
-def _decoded(x: Array, scale: Array | None, dtype: jnp.dtype) -> tuple[Array, Array | None]:
-    """What the contraction reads, and the factors per slot that scores or weights take up instead."""
-    x = x if x.dtype == dtype else x.astype(dtype)
-    if scale is None or scale.ndim < x.ndim:
-        return x, scale
-    groups = x.reshape(*scale.shape[:-1], -1, x.shape[-1])  # [*lead, T / g, g, D]
-    return (groups * scale[..., None, :].astype(dtype)).reshape(x.shape), None
+def _scores(q: Array, keys: tuple[Array, ...], batch: int, precise: jnp.dtype) -> Array:
+    """Products of queries `[*lead, m, D]` with keys `[*lead, T, D]` that come in parts along D."""
+    at, out = 0, None
+    for part in keys:
+        width = part.shape[-1]
+        own = q if width == q.shape[-1] else q[..., at : at + width]
+        made = _contract(own, part, q.ndim - 1, part.ndim - 1, batch, precise)
+        at, out = at + width, made if out is None else out + made
+    assert out is not None
+    return out
 
 
 def _turned(keys: Array, positions: Array, rows: int, rotate: Callable[[Array, Array], Array]) -> Array:
@@ -274,6 +298,7 @@ def _contract(a: Array, b: Array, a_axis: int, b_axis: int, batch: int, precise:
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (axes, axes)), preferred_element_type=precise)
 
 
+@jax.named_scope("projections")
 def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule) -> tuple[Array, Array, Array]:
     assert view.absorb is not None
     maps = view.absorb
@@ -285,7 +310,8 @@ def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule
     if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it, and a cap bends it
         lift = jnp.einsum("bskgd,kd->bskg", q, maps.key_bias.astype(q.dtype), preferred_element_type=precise)
         lift = lift.reshape(b, s, h) * rule.scale
-    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, rule._replace(rotate=None), lift)
+    with jax.named_scope("scores"):
+        top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, rule._replace(rotate=None), lift)
     top, total = (x.reshape(b, kv_heads, -1) for x in (top, total))  # heads are K-major: [B, K, G * S]
     out = out.reshape(b, kv_heads, top.shape[-1], -1)
     out = jnp.einsum("bkme,ked->bkmd", out, maps.value_map.astype(out.dtype))
@@ -313,4 +339,4 @@ def _paged(
     return highest, jnp.sum(total * weight, axis=1), jnp.sum(out * weight[..., None], axis=1)
 
 
-__all__ = ["View", "Absorb", "attention", "visible", "EMPTY"]
+__all__ = ["View", "Absorb", "Decode", "attention", "visible", "EMPTY"]

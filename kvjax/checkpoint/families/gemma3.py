@@ -1,4 +1,4 @@
-"""Gemma 3, the text model (2503.19786): Gemma 2 with query and key norms, and own rotations in local layers."""
+"""Gemma 3, the text model (2503.19786): Gemma 2 with norms on queries and keys, and local layers that turn faster."""
 
 from __future__ import annotations
 
