@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import contract_kinds as kinds
 import contract_shared as common
 import handwritten
 import harness
@@ -48,7 +47,7 @@ UNTURNED = "dense, no rotation"
 KINDS: dict[str, Any] = {
     "dense": caches.dense(),
     "ring 256": caches.ring(256),
-    "sinks 4 + 252 in cache": kinds.SinksKind(252, 4),
+    "sinks 4 + 252 in cache": caches.ring(252, sinks=4, sinks_in_cache=True),
     "bfloat16": caches.dense(store="bfloat16"),
     "float16": caches.dense(store="float16"),
     "int8": caches.dense(store=codecs.int8()),
@@ -56,11 +55,13 @@ KINDS: dict[str, Any] = {
     "int4": caches.dense(store=codecs.int4()),
     "int4 channels": caches.dense(store=codecs.int4_channels()),
     "ring 256 of int8": caches.ring(256, store=codecs.int8()),
-    "paged 128": common.PagedKind(128),
+    "paged 128": caches.paged(128),
+    "paged 128, 4 rows a page": caches.paged(128, share=4),
     "shared prefix 512": common.SharedPrefixKind(512),
     "keys un-rotated": caches.dense(rotated=False),
+    "layer input": caches.layer_input(),
     UNTURNED: caches.dense(),
-    "layer input, absorbed": kinds.LayerInputKind(),
+    "layer input, absorbed": caches.layer_input(absorb=True),
 }
 """What is timed; the last two on the same model without rotation."""
 
@@ -93,7 +94,7 @@ def filled(model: Any, plan: Any, batch: int) -> Any:
             lengths=valid,
             written=valid + 0,
         )
-    shared, _ = cache.reserve(Span(start, valid, start[:, None]))
+    shared, _ = cache.reserve(Span(start, valid, jnp.zeros((batch, FILL), jnp.int32)))
     return cache.replace(shared=shared, lengths=valid, written=valid + 0)
 
 

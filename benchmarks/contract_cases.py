@@ -22,7 +22,8 @@ from contract_models import apply_plain_translator, apply_translator, naive_sink
 import kvjax
 from kvjax import caches
 from kvjax.caches import codecs, storage
-from kvjax.caches.base import PAGES, Cache, Project, Span, Tree
+from kvjax.caches.base import PAGES, Cache, Tree
+from kvjax.caches.pages import Pages
 from kvjax.config import Config
 from kvjax.loops.feed import feed, finish
 from kvjax.model import Model, decoder_head
@@ -180,24 +181,14 @@ def ring_int8(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 2. absorbed layer input, absorbed cross-attention
 
 
-class NoFactor(kinds.LayerInput):
-    """Broken: the norm's factor of each position is left out."""
-
-    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> Any:
-        views, node = super().extend(h, project, span, shared)
-        return tuple(view.replace(k_scale=None, v_scale=None) for view in views), node
-
-
-NoFactor = kinds.struct.node(NoFactor)
-
-
 def layer_input(broken: bool, full: bool = True) -> dict[str, float]:
     """Layer inputs with the norm folded into the maps against dense, RMSNorm and LayerNorm with biases."""
     out = {}
     for name, config in (("layer norm and biases", GPT2), ("rms norm", PLAIN))[: 2 if full else 1]:
         m, rows = model(config), prompts()
         m = m.replace(config=dataclasses.replace(config, max_positions=None))
-        plan = kinds.LayerInputKind(NoFactor if broken else kinds.LayerInput)
+        plan = caches.layer_input(absorb=True)
+        plan = kinds.Twin(plan, kinds.NoFactor) if broken else plan
         out[name] = compare(*(play(m, fresh(m, kind), rows, full=full) for kind in (plan, caches.dense())))
     return out
 
@@ -249,12 +240,12 @@ def cross(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 3. paged
 
 
-class Unordered(common.Pages):
+class Unordered(Pages):
     """Broken: a page's place in its row is taken to be its place in the pool."""
 
     def held(self, end: Array) -> Array:
         turned = self.replace(index=jnp.arange(self.index.shape[0], dtype=jnp.int32) % self.table.shape[1])
-        return common.Pages.held(turned, end)
+        return Pages.held(turned, end)
 
 
 Unordered = kinds.struct.node(Unordered)
@@ -263,7 +254,7 @@ Unordered = kinds.struct.node(Unordered)
 def with_pages(cache: Cache, broken: bool) -> Cache:
     """The cache, or one whose table is broken."""
     pages = cache.shared["pages"]
-    wrong = Unordered(pages.table, pages.owner, pages.index, pages.page)
+    wrong = Unordered(pages.table, pages.readers, pages.index, pages.page, pages.pool)
     return cache.replace(shared={"pages": wrong}) if broken else cache
 
 
@@ -271,12 +262,12 @@ def paged(broken: bool, full: bool = True) -> dict[str, float]:
     """Pages of 4, fewer of them than rows × capacity, plain and int8, against dense; and a pool that runs out."""
     m, rows, out = model(LLAMA), prompts((23, 17, 5)), {}
     for name, store in (("plain", codecs.plain()), ("int8", codecs.int8()))[: 2 if full else 1]:
-        cache = with_pages(fresh(m, common.PagedKind(4, 22, store), batch=3), broken)  # of 3 × 12
+        cache = with_pages(fresh(m, caches.paged(4, 22, store=store), batch=3), broken)  # of 3 × 12
         chunks = CHUNKS if name == "plain" else one_by_one(rows)
         whole = fresh(m, caches.dense(store=store), batch=3)
         out[name] = compare(*(play(m, c, rows, chunks, full=full) for c in (cache, whole)))
     # 23, 17 and 5 tokens need 6 + 5 + 2 pages; of 13 none is left when rows 0 and 2 cross into another
-    plans = common.PagedKind(4, 13), caches.dense()
+    plans = caches.paged(4, 13), caches.dense()
     got, want = (prefill(m, fresh(m, plan, batch=3), rows, CHUNKS) for plan in plans)
     tokens, beside, _ = kvjax.decode(m, want[1], jnp.asarray(want[0]), steps=3)
     fed, last, pool = kvjax.decode(m, got[1], jnp.asarray(got[0]), steps=3)
@@ -290,20 +281,11 @@ def paged(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 4. sinks with positions inside the cache
 
 
-class TextPositions(kinds.SinksInCache):
-    """Broken: sinks are read at their positions in the text."""
-
-    def in_cache(self, positions: Array) -> Array:
-        return positions
-
-
-TextPositions = kinds.struct.node(TextPositions)
-
-
 def sinks(broken: bool, full: bool = True) -> dict[str, float]:
     """Against every score computed on its own."""
     m, rows = model(LLAMA), prompts()
-    cache = fresh(m, kinds.SinksKind(WINDOW, 3, node=TextPositions if broken else kinds.SinksInCache))
+    plan = caches.ring(WINDOW, sinks=3, sinks_in_cache=True)
+    cache = fresh(m, kinds.Twin(plan, kinds.TextPositions) if broken else plan)
     logits, cache = prefill(m, cache, rows, CHUNKS)
     tokens, last, _ = kvjax.decode(m, cache, jnp.asarray(logits), steps=9)
     out = {"prompt": 0.0, "decode": 0.0}
@@ -321,7 +303,8 @@ def sinks(broken: bool, full: bool = True) -> dict[str, float]:
 def unrotated(broken: bool, full: bool = True) -> dict[str, float]:
     """Against dense, whose keys are turned once."""
     m = model(LLAMA)
-    plan = kinds.NotTurnedKind() if broken else caches.dense(rotated=False)
+    plan = caches.dense(rotated=False)
+    plan = kinds.Twin(plan, kinds.NotTurned) if broken else plan
     out = {}
     for name, rows in (("two rows", prompts()), ("one row", prompts((23,))))[: 2 if full else 1]:
         played = (play(m, fresh(m, kind, len(rows)), rows, full=full) for kind in (plan, caches.dense()))
@@ -346,7 +329,7 @@ def shared_prefix(broken: bool, full: bool = True) -> dict[str, float]:
     """One prefix of 10 for three rows, the suffix dense, in a ring or paged, against dense of the whole."""
     rows, (prefix,) = prompts((13, 7, 11)), prompts((10,), seed=1)
     node, out = FromZero if broken else common.SharedPrefix, {}
-    for name, own in (("paged suffix", common.PagedKind(4, 25)), ("dense suffix", caches.dense()))[: 2 if full else 1]:
+    for name, own in (("paged suffix", caches.paged(4, 25)), ("dense suffix", caches.dense()))[: 2 if full else 1]:
         m = model(LLAMA)
         _, one = prefill(m, fresh(m, caches.dense(), 1, 10), [prefix], (6, 4))
         cache = common.join(one, fresh(m, common.SharedPrefixKind(12, own, node), 3))
@@ -383,12 +366,14 @@ def feed_tree(m: Model, cache: Cache, tokens: Array, tree: Tree) -> tuple[Array,
 def tree(broken: bool, full: bool = True) -> dict[str, float]:
     """Every token of a tree against its branch fed alone; then one path a row is kept, and decoding goes on."""
     plans = {
-        "paged": (LLAMA, common.PagedKind(4, 22)),
+        "paged": (LLAMA, caches.paged(4, 22)),
         "dense": (LLAMA, caches.dense()),
         "ring": (LOCAL, caches.ring(WINDOW, slack=8)),
         "recompute": (LLAMA, caches.recompute()),
         "un-rotated keys": (LLAMA, caches.dense(rotated=False)),
-        "layer input": (PLAIN, kinds.LayerInputKind()),
+        "layer input": (LLAMA, caches.layer_input()),
+        "layer input, absorbed": (PLAIN, caches.layer_input(absorb=True)),
+        "traced": (LLAMA, caches.hybrid()),
     }
     rows, out = prompts(), {}
     drafts = np.random.default_rng(5).integers(0, 61, (2, len(PARENTS))).astype(np.int32)

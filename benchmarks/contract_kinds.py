@@ -1,7 +1,7 @@
-"""Prototype kinds for the hard cases of the contract that share nothing: layer input, sinks, un-rotated keys.
+"""Broken twins of the library's kinds: negative controls of the hard cases.
 
-None of them is shipped. Each is a frozen node that derives from `kvjax.caches.base.Node` and runs under the library's
-own attention, forward and loops. `contract.py` compares them with their references and measures them.
+None of them is shipped. They run under the library's own attention, forward and loops; `contract.py` compares them
+with their references.
 """
 
 from __future__ import annotations
@@ -9,123 +9,44 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 from kvjax import struct
-from kvjax.caches import codecs
-from kvjax.caches.base import (
-    Kind,
-    LayerShape,
-    Node,
-    Project,
-    Span,
-    filled_positions,
-    views_of,
-)
-from kvjax.caches.dense import Dense, dense
-from kvjax.caches.ring import Ring, ring
-from kvjax.ops.attention import EMPTY, View
-from kvjax.types import Array
+from kvjax.caches.base import Kind, LayerShape, Project, Span
+from kvjax.caches.dense import Dense
+from kvjax.caches.layer_input import AbsorbedInput
+from kvjax.caches.sinks import SinksInCache
+from kvjax.ops.attention import View
 
-# ---------------------------------------------------------------- layer input, absorbed
-
-
-@struct.node
-class LayerInput(Node):
-    """The layer's input and its norm's factor, T slots; keys and values are never made."""
-
-    x: Any
-    factor: Any
-    capacity: int = struct.static()
-
-    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
-        assert project.absorb is not None, "a rotation stands between the layer's input and its keys"
-        maps, factor = project.absorb(h)
-        slots = jnp.where(span.real(), span.order, self.capacity)
-        node = self.replace(
-            x=self.x.write(h[:, :, None], slots, span.positions),
-            factor=self.factor.write(factor[:, :, None], slots, span.positions),
-        )
-        held = filled_positions(self.capacity, span.end)
-        (x,), (factor,) = node.x.read(held, span.end), node.factor.read(held, span.end)
-        return (View(x.data, x.data, x.positions, factor.data, factor.data, absorb=maps),), node
-
-    def take(self, rows: Array, before: Any, shared: Any) -> LayerInput:
-        return self.replace(x=self.x.take(rows), factor=self.factor.take(rows))
-
-    def resize(self, capacity: int, shared: Any) -> LayerInput:
-        return LayerInput(self.x.resize(capacity), self.factor.resize(capacity), capacity)
-
-    def move(self, source: Array, target: Array, shared: Any) -> LayerInput:
-        return self.replace(x=self.x.move(source, target), factor=self.factor.move(source, target))
+# ---------------------------------------------------------------- broken twins of kinds
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerInputKind(Kind):
-    """Makes `LayerInput`s."""
+class Twin(Kind):
+    """Makes the nodes of another kind, but of a class with the same fields."""
 
-    node: type = LayerInput
+    plan: Kind
+    node: type
 
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
-        store, precise = codecs.plain(), jnp.promote_types(jnp.float32, shape.dtype)
-        x = store.empty(batch, 1, capacity, shape.width, shape.dtype)
-        return self.node(x, store.empty(batch, 1, capacity, None, precise), capacity)
-
-
-# ---------------------------------------------------------------- sinks with positions inside the cache
+        made = self.plan.init(shape, batch, capacity)
+        return self.node(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
 
 
 @struct.node
-class SinksInCache(Node):
-    """StreamingLLM: the first tokens in a buffer of their own, read as if they stood right before the window."""
+class NoFactor(AbsorbedInput):
+    """Broken: the norm's factor of each position is left out."""
 
-    k: Any
-    v: Any
-    recent: Ring
-    sinks: int = struct.static()
-
-    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
-        k, v = project.kv(h, span.positions)
-        slots = jnp.where(span.real(), span.order, self.sinks)  # later tokens fall outside
-        node = self.replace(k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions))
-        held = filled_positions(self.sinks, span.end)
-        near, recent = self.recent.extend(h, project, span, shared)
-        near = tuple(view.replace(positions=self.past_sinks(view.positions)) for view in near)
-        at = self.in_cache(span.positions)
-        first = views_of(node.k.read(held, span.end), node.v.read(held, span.end), query_positions=at, sinks=self.sinks)
-        return (*first, *near), node.replace(recent=recent)
-
-    def past_sinks(self, positions: Array) -> Array:
-        """The ring leaves the first tokens to the other buffer."""
-        return jnp.where(positions < self.sinks, EMPTY, positions)
-
-    def in_cache(self, positions: Array) -> Array:
-        """Where a query stands seen from the sinks: never further than the cache is long."""
-        return jnp.minimum(positions, self.sinks + self.recent.window - 1)
-
-    def take(self, rows: Array, before: Any, shared: Any) -> SinksInCache:
-        recent = self.recent.take(rows, before, shared)
-        return self.replace(k=self.k.take(rows), v=self.v.take(rows), recent=recent)
-
-    def resize(self, capacity: int, shared: Any) -> SinksInCache:
-        return self
+    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> Any:
+        views, node = super().extend(h, project, span, shared)
+        return tuple(view.replace(k_scale=None, v_scale=None) for view in views), node
 
 
-@dataclasses.dataclass(frozen=True)
-class SinksKind(Kind):
-    """Makes `SinksInCache`s."""
+@struct.node
+class TextPositions(SinksInCache):
+    """Broken: sinks are read at their positions in the text."""
 
-    window: int
-    sinks: int
-    slack: int = 0
-    node: type = SinksInCache
-
-    def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
-        first = dense().init(shape, batch, self.sinks)
-        return self.node(first.k, first.v, ring(self.window, slack=self.slack).init(shape, batch, capacity), self.sinks)
-
-
-# ---------------------------------------------------------------- keys stored without rotation
+    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> Any:
+        (first, *near), node = super().extend(h, project, span, shared)
+        return (first.replace(query_positions=None), *near), node
 
 
 @struct.node
@@ -135,12 +56,3 @@ class NotTurned(Dense):
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         views, node = super().extend(h, project, span, shared)
         return tuple(view.replace(rotated=True) for view in views), node
-
-
-@dataclasses.dataclass(frozen=True)
-class NotTurnedKind(Kind):
-    """Makes `NotTurned`s."""
-
-    def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
-        made = dense(rotated=False).init(shape, batch, capacity)
-        return NotTurned(made.k, made.v, capacity, False)

@@ -8,9 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvjax import struct
-from kvjax.caches import codecs
 from kvjax.caches.base import (
-    PAGES,
     REWIND,
     Cache,
     Kind,
@@ -65,133 +63,6 @@ class AbsorbedCross(Node):
 
     def resize(self, capacity: int, shared: Any) -> AbsorbedCross:
         return self
-
-
-# ---------------------------------------------------------------- paged: one table for all layers
-
-
-@struct.node
-class Pages(Shared):
-    """Who owns which page.
-
-    Args:
-        table: `[B, n]` int32, the pages of each row in the order of its text, -1 for none.
-        owner, index: `[P]` int32, the row that owns each page (-1 for none), and its place in that row.
-        page: slots a page.
-    """
-
-    table: Array
-    owner: Array
-    index: Array
-    page: int = struct.static()
-
-    def reserve(self, span: Span) -> tuple[Pages, Array]:
-        have = jnp.sum(self.table >= 0, axis=1)
-        need = jnp.where(span.valid > 0, jnp.maximum(-(-span.end // self.page) - have, 0), 0)
-        free = self.owner < 0
-        refused = (need > 0) & (jnp.cumsum(need) > jnp.sum(free))
-        need = jnp.where(refused, 0, need)
-        place = jnp.arange(self.table.shape[1])[None, :] - have[:, None]  # [B, n], which of the row's new pages
-        new = (place >= 0) & (place < need[:, None])
-        (spare,) = jnp.nonzero(free, size=free.shape[0], fill_value=free.shape[0])
-        given = spare[jnp.clip((jnp.cumsum(need) - need)[:, None] + place, 0, free.shape[0] - 1)]
-        table = jnp.where(new, given, self.table).astype(jnp.int32)
-        return self.owned(table, self.owner.shape[0]), jnp.where(refused, PAGES, 0).astype(jnp.int32)
-
-    def owned(self, table: Array, pages: int) -> Pages:
-        """With this table and the owners that follow from it."""
-        b, n = table.shape
-        at = jnp.where(table >= 0, table, pages)
-        spread = lambda x: jnp.broadcast_to(x, (b, n)).astype(jnp.int32)  # noqa: E731
-        owner = jnp.full((pages,), -1, jnp.int32).at[at].set(spread(jnp.arange(b)[:, None]), mode="drop")
-        index = jnp.zeros((pages,), jnp.int32).at[at].set(spread(jnp.arange(n)[None, :]), mode="drop")
-        return self.replace(table=table, owner=owner, index=index)
-
-    def rewind(self, lengths: Array) -> tuple[Pages, Array]:
-        kept = jnp.arange(self.table.shape[1])[None, :] * self.page < lengths[:, None]
-        return self.owned(jnp.where(kept, self.table, -1), self.owner.shape[0]), jnp.zeros_like(lengths)
-
-    def take(self, rows: Array) -> tuple[Pages, Array]:
-        pages = -(-self.owner.shape[0] * rows.shape[0] // self.table.shape[0])
-        have = jnp.sum(self.table >= 0, axis=1)[rows]
-        ends, place = jnp.cumsum(have), jnp.arange(self.table.shape[1])[None, :]
-        given = (place < have[:, None]) & (ends <= pages)[:, None]
-        table = jnp.where(given, (ends - have)[:, None] + place, -1).astype(jnp.int32)
-        return self.owned(table, pages), jnp.where(ends > pages, PAGES, 0).astype(jnp.int32)
-
-    def resize(self, capacity: int) -> Pages:
-        n = -(-capacity // self.page)
-        table = self.table[:, :n]
-        return self.replace(table=jnp.pad(table, ((0, 0), (0, n - table.shape[1])), constant_values=-1))
-
-    def place(self, order: Array) -> tuple[Array, Array]:
-        """Page and offset `[B, S]` of places in the order of feeding; outside for EMPTY."""
-        at = jnp.clip(order // self.page, 0, self.table.shape[1] - 1)
-        page = jnp.take_along_axis(self.table, at, axis=1)
-        return page, jnp.where((order == EMPTY) | (page < 0), self.page, order % self.page)
-
-    def held(self, end: Array) -> Array:
-        """`[P, page]` int32, what each slot of the pool holds."""
-        at = self.index[:, None] * self.page + jnp.arange(self.page, dtype=jnp.int32)[None, :]
-        return jnp.where((self.owner >= 0)[:, None] & (at < end[self.owner][:, None]), at, EMPTY)
-
-
-@struct.node
-class Paged(Node):
-    """A pool of P pages of keys and values; the table lies in `shared`."""
-
-    k: Any
-    v: Any
-
-    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
-        pages = shared["pages"]
-        k, v = project.kv(h, span.positions)
-        rows, slots = pages.place(jnp.where(span.real(), span.order, EMPTY))
-        k, v = (s.write(x, slots, span.positions, rows) for s, x in ((self.k, k), (self.v, v)))
-        held, end = pages.held(span.end), span.end[pages.owner]
-        owner = jnp.maximum(pages.owner, 0)
-        return views_of(k.read(held, end), v.read(held, end), pages=(owner, pages.table)), Paged(k, v)
-
-    def take(self, rows: Array, before: Any, shared: Any) -> Paged:
-        old, new = before["pages"], shared["pages"]
-        source = jnp.zeros_like(new.owner).at[jnp.where(new.table >= 0, new.table, new.owner.shape[0])]
-        source = source.set(old.table[rows], mode="drop")
-        return Paged(self.k.take(source), self.v.take(source))
-
-    def resize(self, capacity: int, shared: Any) -> Paged:
-        return self  # the pool stays; rows share it
-
-    def move(self, source: Array, target: Array, shared: Any) -> Paged:
-        (here, at), (there, to) = shared["pages"].place(source), shared["pages"].place(target)
-        return Paged(self.k.move(at, to, (here, there)), self.v.move(at, to, (here, there)))
-
-    def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
-        pages = shared["pages"]
-        n = pages.table.shape[1]
-        k, v = (store.unpacked()[pages.table].swapaxes(1, 2) for store in (self.k, self.v))  # [B, K, n, page, D]
-        k, v = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (k, v))
-        return k, v, filled_positions(n * pages.page, lengths)
-
-
-@dataclasses.dataclass(frozen=True)
-class PagedKind(Kind):
-    """Makes `Paged`; `pages` is the size of the pool, by default as many as all rows can fill."""
-
-    page: int = 128
-    pages: int | None = None
-    store: Any = codecs.plain()
-    node: type = Paged
-
-    def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
-        pages = self.shared(batch, capacity)["pages"].owner.shape[0]
-        empty = lambda width: self.store.empty(pages, shape.kv_heads, self.page, width, shape.dtype)  # noqa: E731
-        return self.node(empty(shape.key_dim), empty(shape.value_dim))
-
-    def shared(self, batch: int, capacity: int) -> dict[str, Any]:
-        n = -(-capacity // self.page)
-        p = self.pages or batch * n
-        none = jnp.full((p,), -1, jnp.int32)
-        return {"pages": Pages(jnp.full((batch, n), -1, jnp.int32), none, jnp.zeros((p,), jnp.int32), self.page)}
 
 
 # ---------------------------------------------------------------- one prefix for all rows, a suffix for each

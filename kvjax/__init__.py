@@ -8,8 +8,10 @@ from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.host import Generated, generate
+from kvjax.loops.resume import resume
 from kvjax.model import Model, attend, cache_nbytes, decoder, forward, init_cache
 from kvjax.params import init_params
+from kvjax.persist import load_cache, save_cache
 
 __version__ = "0.1.0"
 
@@ -36,7 +38,10 @@ __all__ = [
     "init_cache",
     "init_params",
     "load",
+    "load_cache",
     "prefill",
+    "resume",
     "sampling",
+    "save_cache",
     "step",
 ]

@@ -7,7 +7,8 @@ T   cache slots                        H   query heads, H = K * G
 L   layers                             D   head width
 M   model width                        F   feed-forward width
 V   vocabulary                         R   rows of a view: 1, B or a divisor
-N   B * K, the packed leading axis
+N   B * K, the packed leading axis     P   pages
+W   rows that may read one page
 ==  =================================  ==  =================================
 """
 

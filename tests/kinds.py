@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from models import FULL, MIXED, WINDOW, WINDOWED, tiny
+from models import FULL, GEMMA, LEARNED, MIXED, POST, WINDOW, WINDOWED, tiny
 
 from kvjax import caches
 from kvjax.caches import plans
@@ -46,6 +46,7 @@ TABLE = {
     caches.dense: (
         Case("dense", caches.dense()),
         Case("dense everywhere full", caches.dense(), FULL, full=True),
+        Case("post norm", caches.dense(), POST, full=True),
     ),
     caches.ring: (
         Case("ring", (caches.ring(W, slack=4), caches.dense()), slack=4),
@@ -59,12 +60,37 @@ TABLE = {
         Case("ring without slack", caches.ring(W), WINDOWED, slack=0, full=True),
         Case("ring wider than the window", caches.ring(W + 3, slack=1), WINDOWED, slack=1, full=True),
         Case("sinks everywhere", caches.ring(slack=1, **SINKS), FULL, caches.recompute(**SINKS), slack=1, full=True),
+        Case("per layer", caches.per_layer(local=caches.ring(W, slack=4), full=caches.dense()), slack=4, full=True),
+        Case(
+            "sinks in cache",
+            caches.ring(slack=2, sinks_in_cache=True, **SINKS),
+            FULL,
+            caches.recompute(sinks_in_cache=True, **SINKS),
+            slack=2,
+            full=True,
+        ),
         Case("default plan", caches.default(MIXED), slack=plans.SLACK, full=True),
+        Case("gemma", caches.default(GEMMA), GEMMA, slack=plans.SLACK, full=True),
+    ),
+    caches.paged: (
+        Case("paged", caches.paged(8)),
+        Case("paged and shared", caches.paged(8, share=2)),
+        Case("pages of a pool", caches.paged(5, pages=60), full=True),
+        Case("paged everywhere windowed", caches.paged(16, share=3), WINDOWED, full=True),
     ),
     caches.recompute: (
         Case("recompute", caches.recompute(), keeps=False),
         Case("recompute beside dense", (caches.dense(), caches.recompute()), keeps=False, full=True),
     ),
+    caches.layer_input: (
+        Case("layer input", caches.layer_input()),
+        Case("layer input absorbed", caches.layer_input(absorb=True), LEARNED, full=True),
+    ),
+    caches.traced: (
+        Case("traced", (caches.traced(caches.ring(W, slack=4)), caches.traced(caches.dense())), slack=4, full=True),
+    ),
+    caches.output: (Case("output", caches.output(), full=True),),
+    caches.hybrid: (Case("hybrid", caches.hybrid(), full=True),),
 }
 
 
@@ -91,7 +117,9 @@ def first_of_each(default=None):
     cases()
     params = [
         pytest.param(
-            TABLE[kind][0], id=kind.__name__, marks=() if default is None or kind in default else pytest.mark.full
+            TABLE[kind][0],
+            id=kind.__name__,
+            marks=pytest.mark.full if TABLE[kind][0].full or (default and kind not in default) else (),
         )
         for kind in caches.KINDS
     ]

@@ -11,7 +11,10 @@ import numpy as np
 
 import kvjax
 from kvjax import sampling
-from kvjax.config import Config
+from kvjax.config import Config, NormOrder
+from kvjax.ops import activations
+from kvjax.ops.norms import LayerNorm, OffsetRMSNorm
+from kvjax.ops.positions import Learned, LinearScaling, Rope
 
 VOCAB = 96
 WINDOW = 6
@@ -23,8 +26,51 @@ PROMPTS = np.array([16, 7, 1], np.int32)
 FULL = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False)
 WINDOWED = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False, windows=(WINDOW,) * 2)
 MIXED = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False, windows=(WINDOW, None))
+LEARNED = dataclasses.replace(MIXED, positions=Learned(CAPACITY), max_positions=CAPACITY)
+"""No rotation: layer inputs can be absorbed."""
 ONE_LAYER = dataclasses.replace(FULL, num_layers=1, windows=())
 ONE_LAYER_WINDOWED = dataclasses.replace(FULL, num_layers=1, windows=(WINDOW,))
+GEMMA = Config(
+    VOCAB,
+    3,
+    32,
+    query_heads=4,
+    kv_heads=2,
+    head_dim=16,
+    ffn_width=48,
+    norm=OffsetRMSNorm(1e-6),
+    norm_order=NormOrder.SANDWICH,
+    qk_norm=OffsetRMSNorm(1e-6),
+    activation=activations.gelu_tanh,
+    positions=Rope(10_000.0, LinearScaling(4.0)),
+    layer_positions=(Rope(100.0), Rope(10_000.0, LinearScaling(4.0)), Rope(100.0)),
+    windows=(WINDOW, None, WINDOW),
+    scale=8**-0.5,
+    embed_scale=32**0.5,
+    attention_softcap=5.0,
+    logit_softcap=30.0,
+    tied=False,
+)
+"""All that Gemma 2 and 3 have, in one model."""
+POST = Config(
+    VOCAB,
+    2,
+    32,
+    query_heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn_width=48,
+    norm=LayerNorm(),
+    norm_order=NormOrder.POST,
+    activation=activations.relu,
+    gated=False,
+    positions=Learned(96),
+    qkv_bias=True,
+    out_bias=True,
+    ffn_bias=True,
+    tied=False,
+)
+"""The decoder of the original Transformer, but for learned positions."""
 
 
 @functools.cache

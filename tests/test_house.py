@@ -28,11 +28,11 @@ ROOMS = (
     ("model",),
     ("sampling",),
     ("checkpoint", "text"),
-    ("lm",),
+    ("lm", "persist"),
     ("loops",),
     ("donating",),
     ("",),  # kvjax/__init__.py: the public names
-    ("train",),
+    ("train", "testing"),
     ("cli",),
     ("__main__",),
 )

@@ -76,6 +76,7 @@ PLANS = {
     "dense": caches.dense(),
     "default": None,
     "ring": (caches.ring(6), caches.dense()),
+    "paged": caches.paged(8),
     "recompute": caches.recompute(),
 }
 
@@ -87,7 +88,7 @@ def test_every_kind_is_tried_on_it():
 
 @pytest.mark.corner
 @pytest.mark.parametrize(
-    "plan", [pytest.param(p, marks=pytest.mark.full if p in ("dense", "ring") else ()) for p in PLANS]
+    "plan", [pytest.param(p, marks=pytest.mark.full if p in ("dense", "ring", "paged") else ()) for p in PLANS]
 )
 def test_every_loop_agrees_with_its_forward_pass(plan):
     plan, (prompts, want, tokens), lengths = PLANS[plan], recomputed(), np.array([12, 5, 1])

@@ -53,6 +53,7 @@ class Cache(struct.Value):
         lengths: `[B]` int32, tokens of each row; rows advance on their own.
         written: `[B]` int32, one past the furthest position ever written; a ring's slack counts from it.
         flags: `[B]` int32, bits of what went wrong under `jit`; `check` turns them into an error.
+        plan: the kind of each layer, which made its node; a saved cache is rebuilt from it.
     """
 
     layers: tuple[Any, ...]
@@ -61,6 +62,7 @@ class Cache(struct.Value):
     lengths: Array
     written: Array
     flags: Array
+    plan: tuple[Kind, ...] = struct.static(default=())
 
     @property
     def capacity(self) -> int:
@@ -100,6 +102,32 @@ class Cache(struct.Value):
         """`[B, T]` int32, the position in the text of each of the layer's slots; int32.max where there is none."""
         return self.layers[layer].contents(self.lengths, self.shared)[2]
 
+    def trace(self, layer: int, site: str) -> Array:
+        """`[B, T, M]`, the residual stream that a layer showed at a site, zeros past a row's length; a copy.
+
+        Raises:
+            CacheError: it was not recorded.
+        """
+        store = self.recorded(layer, site)
+        if store is None:
+            how = "caches.layer_input()" if site == "input" else f"caches.traced(kind, sites=({site!r},))"
+            raise CacheError(f"trace: layer {layer} of {len(self.layers)} keeps no {site!r}; make the cache with {how}")
+        live = jnp.arange(self.capacity, dtype=jnp.int32)[None, :] < self.lengths[:, None]
+        return jnp.where(live[:, :, None], store.unpacked(self.lengths)[:, 0], 0)
+
+    def recorded(self, layer: int, site: str) -> Any:
+        """The store of what a layer showed at a site, wherever it is kept, or None: the output of one layer is the
+        input of the next."""
+        nodes = self.layers
+        if not 0 <= layer < len(nodes):
+            return None
+        store = nodes[layer].recorded(site)
+        if store is None and (layer, site) == (0, "embedding"):
+            return nodes[0].recorded("below")
+        if store is None and site == "after_ffn" and layer + 1 < len(nodes):
+            return nodes[layer + 1].recorded("below")
+        return store
+
     def resize(self, capacity: int) -> Cache:
         """The same with room for `capacity` tokens a row; clears the flag of a full cache.
 
@@ -115,8 +143,11 @@ class Cache(struct.Value):
             fresh = jnp.arange(capacity, dtype=jnp.int32)[None, :] >= self.capacity
             tokens = jnp.where(fresh, -1, tokens)
         shared = {name: entry.resize(capacity) for name, entry in self.shared.items()}
+        layers = self.layers
+        if capacity < self.capacity and shared:  # what is cut off moves first
+            layers = tuple(node.rewind(self.lengths, self.shared, shared) for node in layers)
         return self.replace(
-            layers=tuple(node.resize(capacity, shared) for node in self.layers),
+            layers=tuple(node.resize(capacity, shared) for node in layers),
             shared=shared,
             tokens=tokens,
             flags=self.flags & ~CAPACITY,
@@ -155,15 +186,16 @@ class Cache(struct.Value):
             raise CacheError(f"rewind: row {row} to length {want}, but the row has {have} tokens")
         target = jnp.clip(target, 0, self.lengths)
         shared, refused = _ask(self.shared, lambda entry: entry.rewind(target), jnp.zeros_like(target))
-        wrong |= refused != 0
-        if is_concrete(wrong) and np.asarray(wrong).any():
-            row = int(np.argmax(np.asarray(wrong)))
-            raise CacheError(f"rewind: row {row} to length {int(target[row])} goes into what other rows share")
+        if is_concrete(refused):
+            for row in map(int, np.flatnonzero(refused)):
+                why = "needs a page of its own" if refused[row] & PAGES else "goes into what other rows share"
+                raise CacheError(f"rewind: row {row} to length {int(target[row])} {why}: {_meaning(refused[row])}")
+        target = jnp.where(refused != 0, self.lengths, target)
         return self.replace(
             layers=tuple(node.rewind(target, self.shared, shared) for node in self.layers),
             shared=shared,
             lengths=target,
-            flags=jnp.where(wrong, REWIND, 0).astype(jnp.int32),
+            flags=(refused | jnp.where(wrong, REWIND, 0)).astype(jnp.int32),
         )
 
     def release(self, rows: Any) -> Cache:
@@ -221,13 +253,13 @@ class Cache(struct.Value):
         flags = after(self.flags, other.flags)
         for _, bits in both.values():
             flags = flags | bits
-        return Cache(
-            tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
-            {name: entry for name, (entry, _) in both.items()},
-            after(self.tokens, other.tokens),
-            after(self.lengths, other.lengths),
-            after(self.written, other.written),
-            flags,
+        return self.replace(
+            layers=tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
+            shared={name: entry for name, (entry, _) in both.items()},
+            tokens=after(self.tokens, other.tokens),
+            lengths=after(self.lengths, other.lengths),
+            written=after(self.written, other.written),
+            flags=flags,
         )
 
     def fork(self, copies: int) -> Cache:
@@ -295,12 +327,16 @@ class Cache(struct.Value):
         steps = jnp.arange(path.shape[1], dtype=jnp.int32)[None, :]
         source = start[:, None] + path
         target = jnp.where(steps < counts[:, None], start[:, None] + steps, EMPTY)
+        shared, refused = _ask(self.shared, lambda entry: entry.own(target), jnp.zeros_like(self.flags))
+        target = jnp.where(refused[:, None] != 0, EMPTY, target)
+        layers = tuple(node.rewind(self.lengths, self.shared, shared) for node in self.layers)
         moved = jnp.take_along_axis(self.tokens, source, axis=1, mode="clip")
         kept = self.replace(
-            layers=tuple(node.move(source, target, self.shared) for node in self.layers),
+            layers=tuple(node.move(source, target, shared) for node in layers),
+            shared=shared,
             tokens=self.tokens.at[jnp.arange(self.batch)[:, None], target].set(moved, mode="drop"),
-        )
-        return kept.rewind(start + counts)
+        ).rewind(jnp.where(refused != 0, self.lengths, start + counts))
+        return kept.replace(flags=kept.flags | refused)
 
     def check(self) -> Cache:
         """Itself, or the error that its flags stand for. Waits for the device; for loops of one's own.
@@ -310,9 +346,13 @@ class Cache(struct.Value):
         """
         flags, lengths = np.asarray(self.flags), np.asarray(self.lengths)
         for row in np.flatnonzero(flags):
-            what = "; ".join(text for bit, text in MEANING.items() if flags[row] & bit)
+            what = _meaning(flags[row])
             raise CacheError(f"row {row}, length {lengths[row]}, capacity {self.capacity}: {what}")
         return self
+
+
+def _meaning(flags: Any) -> str:
+    return "; ".join(text for bit, text in MEANING.items() if flags & bit)
 
 
 def _ask(

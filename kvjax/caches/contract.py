@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import struct
+from kvjax.caches import words
 from kvjax.caches.codecs import Segment, Store
+from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY, Absorb, View
 from kvjax.types import Array
 
@@ -38,6 +40,10 @@ class LayerShape:
         width: M, of the layer's input; None where the model does not show it.
         index, count: which layer it is, and of how many.
         sites: names under which the layer shows its stream (`OpenCache.record`).
+        all_sites: those of all layers.
+        stream: M, of what it shows there.
+        chained: whether the layer's input is what was shown last: `after_ffn` of the layer below, or `embedding`.
+        absorbs: whether keys and values are linear in the layer's input (`Project.absorb`).
     """
 
     kv_heads: int
@@ -49,6 +55,10 @@ class LayerShape:
     index: int = 0
     count: int = 1
     sites: tuple[str, ...] = ()
+    all_sites: tuple[str, ...] = ()
+    stream: int | None = None
+    chained: bool = False
+    absorbs: bool = False
 
 
 @struct.node
@@ -95,7 +105,7 @@ class Span(struct.Value):
         """A view whose positions are places in the order of feeding, with positions of the text and a tree's mask."""
         if self.ancestors is None:
             return view
-        span = self if view.pages is None else self._rows(view.pages[0])
+        span = self if view.pages is None else self._rows(view.pages[0].reshape(-1))
         order = _for_rows(view.positions, span.start.shape[0])
         return view.replace(positions=span.text(order), visible=span.seen(order))
 
@@ -165,6 +175,10 @@ class Shared(struct.Value):
         """Gives back what lies at or past `lengths[B]`."""
         return self, jnp.zeros_like(lengths)
 
+    def own(self, places: Array) -> tuple[Any, Array]:
+        """Makes `places[B, n]` in the order of feeding, EMPTY for none, the row's own: they will be written."""
+        return self, jnp.zeros(places.shape[:1], jnp.int32)
+
     def release(self, rows: Array) -> tuple[Any, Array]:
         """Gives back all that rows `rows[B]` bool hold."""
         return self, jnp.zeros(rows.shape, jnp.int32)
@@ -218,7 +232,8 @@ class Node(struct.Value):
         return self
 
     def recorded(self, site: str) -> Any:
-        """The store `[B, 1 head, T, M]` of what was recorded at a site, or None; `"input"` is the layer's input."""
+        """The store `[B, 1 head, T, M]` of what was recorded at a site, or None. `"input"` is the layer's input, and
+        `"below"` too where it is what was shown last (`LayerShape.chained`)."""
         return None
 
     # In what follows `shared` is as it will be in the same container as the result, `before` as it was.
@@ -228,7 +243,8 @@ class Node(struct.Value):
         raise NotImplementedError
 
     def rewind(self, lengths: Array, before: Any, shared: Any) -> Any:
-        """Forgets what lies at or past `lengths[B]`. Kinds whose positions follow from lengths have nothing to do."""
+        """Forgets what lies at or past `lengths[B]`, and moves what `shared` has elsewhere than `before`. Kinds whose
+        positions follow from lengths have nothing to do."""
         return self
 
     def take(self, rows: Array, before: Any, shared: Any) -> Any:
@@ -266,11 +282,28 @@ class Node(struct.Value):
 
 
 class Kind:
-    """A word of a plan: hashable, makes a layer's node."""
+    """A word of a plan: hashable, makes a layer's node.
+
+    `str` of a kind is the call that makes it, which `caches.parse` reads; a kind of one's own has its `repr`.
+    """
+
+    def __str__(self) -> str:
+        try:
+            return words.text_of(self, words.known())
+        except InputError:
+            return repr(self)
+
+    def of(self, shape: LayerShape) -> Kind:
+        """The kind that this word means for a layer: itself, but for a word that chooses among others."""
+        return self
 
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
         """An empty node for `batch` rows and `capacity` tokens."""
         raise NotImplementedError
+
+    def remark(self, shapes: tuple[LayerShape, ...]) -> str:
+        """What one should know before choosing it for layers of these shapes; `kvjax info` prints it."""
+        return ""
 
     def shared(self, batch: int, capacity: int) -> dict[str, Any]:
         """Entries of `Cache.shared` that its nodes look for; kinds that name the same one share it."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
+import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from kvjax.caches.base import Kind, LayerShape
 from kvjax.caches.dense import dense
-from kvjax.caches.recompute import recompute
 from kvjax.caches.ring import ring
 from kvjax.config import Config
 from kvjax.errors import InputError
@@ -29,24 +27,49 @@ def for_window(window: int | None) -> Any:
     return dense() if window is None else ring(window, slack=SLACK)
 
 
+@dataclasses.dataclass(frozen=True)
+class PerLayer(Kind):
+    """See `per_layer`."""
+
+    local: Kind
+    full: Kind
+
+    def of(self, shape: LayerShape) -> Kind:
+        """See `Kind`."""
+        return (self.full if shape.window is None else self.local).of(shape)
+
+
+def per_layer(*, local: Any, full: Any) -> PerLayer:
+    """One kind for the layers that have a window, another for those that see everything.
+
+    Args:
+        local: a kind, such as `caches.ring(1024)`.
+        full: a kind, such as `caches.dense(store=codecs.int8())`.
+
+    Raises:
+        InputError: one of them is no kind.
+    """
+    return PerLayer(_checked(local), _checked(full))
+
+
 def init_layers(plan: Any, shapes: tuple[LayerShape, ...], batch: int, capacity: int) -> tuple[Any, ...]:
     """Empty nodes for layers of these shapes.
 
     Raises:
         InputError: `plan` is no kind, or a tuple of another length than the layers.
     """
-    kinds = _kinds(plan, len(shapes))
+    kinds = kinds_of(plan, shapes)
     return tuple(kind.init(shape, batch, capacity) for kind, shape in zip(kinds, shapes, strict=True))
 
 
-def init_shared(plan: Any, layers: int, batch: int, capacity: int) -> dict[str, Any]:
+def init_shared(plan: Any, shapes: tuple[LayerShape, ...], batch: int, capacity: int) -> dict[str, Any]:
     """What the plan's kinds have in common: one entry a name, whoever asks for it.
 
     Raises:
         InputError: two kinds ask for different entries under one name.
     """
     made: dict[str, Any] = {}
-    for kind in dict.fromkeys(_kinds(plan, layers)):
+    for kind in dict.fromkeys(kinds_of(plan, shapes)):
         for name, entry in kind.shared(batch, capacity).items():
             if _outline(made.setdefault(name, entry)) != _outline(entry):
                 raise InputError(f"plan: two kinds ask for different shared {name!r}; give them the same sizes")
@@ -58,52 +81,22 @@ def _outline(entry: Any) -> Any:
     return structure, [(x.shape, x.dtype) for x in leaves]
 
 
-def _kinds(plan: Any, layers: int) -> tuple[Any, ...]:
-    kinds = tuple(plan) if isinstance(plan, tuple | list) else (plan,) * layers
-    if len(kinds) != layers:
-        raise InputError(f"plan: {len(kinds)} kinds for {layers} layers")
-    for kind in kinds:
-        if not isinstance(kind, Kind):
-            raise InputError(f"plan: {kind!r} is no kind of cache; call it, as in caches.dense()")
-    return kinds
-
-
-def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, recompute)) -> Any:
-    """Reads a kind as it stands in Python, `ring(1024, sinks=4)`; parsed, never evaluated.
-
-    Args:
-        text: a kind's name, with or without arguments: whole numbers, or a dtype's name for `store`.
-        kinds: the functions that may be named.
+def kinds_of(plan: Any, shapes: tuple[LayerShape, ...]) -> tuple[Kind, ...]:
+    """The kind that a plan gives to each layer.
 
     Raises:
-        InputError: another name, or an argument that is no number and no dtype.
+        InputError: `plan` is no kind, or a tuple of another length than the layers.
     """
-    names = {kind.__name__: kind for kind in kinds}
-    if len(text) > 200:  # Python's own parser gives up on deep nesting with errors of its own
-        raise InputError(f"cache {text[:40]!r}… has {len(text)} characters; write for example ring(1024, sinks=4)")
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"cache {text!r} does not read as Python; write for example ring(1024, sinks=4)") from error
-    call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-    if not isinstance(call.func, ast.Name) or call.func.id not in names:
-        raise InputError(f"cache {text!r} names no kind; there are {', '.join(names)}")
-    arguments = [_value(text, node) for node in call.args]
-    options = {str(item.arg): _value(text, item.value) for item in call.keywords}
-    if len(options) < len(call.keywords):
-        raise InputError(f"cache {text!r} gives an argument twice")
-    try:
-        return names[call.func.id](*arguments, **options)
-    except TypeError as error:
-        raise InputError(f"cache {text!r}: {error}") from error
+    kinds = tuple(plan) if isinstance(plan, tuple | list) else (plan,) * len(shapes)
+    if len(kinds) != len(shapes):
+        raise InputError(f"plan: {len(kinds)} kinds for {len(shapes)} layers")
+    return tuple(_checked(kind).of(shape) for kind, shape in zip(kinds, shapes, strict=True))
 
 
-def _value(text: str, node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.Name) and node.id in ("float32", "float16", "bfloat16", "float64"):
-        return jnp.dtype(node.id)
-    raise InputError(f"cache {text!r}: {ast.unparse(node)} is neither a whole number nor a dtype such as bfloat16")
+def _checked(kind: Any) -> Kind:
+    if not isinstance(kind, Kind):
+        raise InputError(f"plan: {kind!r} is no kind of cache; call it, as in caches.dense()")
+    return kind
 
 
-__all__ = ["default", "for_window", "init_layers", "init_shared", "parse", "SLACK"]
+__all__ = ["default", "for_window", "per_layer", "init_layers", "init_shared", "kinds_of", "SLACK"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax import lax
 
 from kvjax import struct
 from kvjax.ops import decoding
+from kvjax.ops.activations import softcapped
 from kvjax.types import Array
 
 EMPTY = jnp.iinfo(jnp.int32).max
@@ -67,10 +68,10 @@ class View(struct.Value):
             `[*lead, T / g, D]`, one per channel for every g slots; or None.
         k_zero, v_zero: `[*lead, T / g, D]`, added per channel to what the scale has multiplied; or None.
         absorb: for a view whose `k` and `v` hold what keys and values are made from (one head, width E).
-        pages: `(owner [P], table [B, n])` when the rows of the view are P pages: which row a page belongs to (pages
-            that nobody owns may name any row), and which pages a row has, in any order, `-1` for none.
+        pages: `(readers [P, W], places [B, n])` when the rows of the view are P pages: which rows read a page, -1 for
+            none, and where in `[P * W]` each page of a row is read for it, in any order, -1 for none.
         query_positions: `[B, S]`, where the queries stand for rotation against this view; None is where they are.
-        visible: `[B, S, T]` bool (P for pages), narrows what the arithmetic on positions allows: siblings of a tree
+        visible: `[B, S, T]` bool (P * W for pages), narrows what the arithmetic on positions allows: siblings of a tree
             share a position and do not see each other. None: arithmetic alone.
         window: a query sees positions less than `window` behind it; None sees all.
         sinks: positions below it are seen whatever the window.
@@ -117,6 +118,7 @@ def attention(
     kv_heads: int,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     rotate: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
     """Softmax attention of new queries over one or several views, joined inside the softmax.
@@ -128,6 +130,7 @@ def attention(
         kv_heads: K; H must be a multiple.
         scale: factor on the scores, `D ** -0.5` if None.
         window: the model's own window; a view's window narrows it further.
+        softcap: bound c on scaled scores, as tanh(s / c) · c, before masking (Gemma 2, 2408.00118); None is none.
         rotate: turns `q` to positions `[B, S]`; None leaves it.
 
     Returns:
@@ -136,8 +139,9 @@ def attention(
     Scores and softmax are at least float32. Views are joined by their maxima and sums (Milakov and Gimelshein 2018,
     1805.02867; Hydragen, Juravsky et al. 2024, 2402.05099).
     """
-    run = functools.partial(_attend, kv_heads=kv_heads, scale=scale, window=window, rotate=rotate)
     b, s, h, d = q.shape
+    rule = _Rule(d**-0.5 if scale is None else scale, window, softcap, rotate)
+    run = functools.partial(_attend, kv_heads=kv_heads, rule=rule)
     if s <= BLOCK or sum(_slots(view) for view in views) <= BLOCKWISE_ABOVE:
         return run(q, positions, views)
     # Blocks of queries bound the scores at BLOCK x T: temporary memory grows with S, not with S x T.
@@ -163,23 +167,22 @@ def _slots(view: View) -> int:
     return view.positions.shape[-1] * (1 if view.pages is None else view.pages[1].shape[1])
 
 
-def _attend(
-    q: Array,
-    positions: Array,
-    views: tuple[View, ...],
-    *,
-    kv_heads: int,
-    scale: float | None,
-    window: int | None,
-    rotate: Callable[[Array, Array], Array] | None,
-) -> Array:
+class _Rule(NamedTuple):
+    """How scores are made, alike for all views; see `attention`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    rotate: Callable[[Array, Array], Array] | None
+
+
+def _attend(q: Array, positions: Array, views: tuple[View, ...], *, kv_heads: int, rule: _Rule) -> Array:
     b, s, h, d = q.shape
-    scale = d**-0.5 if scale is None else scale
     parts = []
     for view in views:
         at = positions if view.query_positions is None else view.query_positions
-        turned = q if rotate is None else rotate(q, at)
-        parts.append(_partial(turned, positions, view, kv_heads, scale, window, rotate))
+        turned = q if rule.rotate is None else rule.rotate(q, at)
+        parts.append(_partial(turned, positions, view, kv_heads, rule))
     top = functools.reduce(jnp.maximum, [m for m, _, _ in parts])
     weights = [jnp.exp(m - top) for m, _, _ in parts] if len(parts) > 1 else [None]
     total = functools.reduce(jnp.add, [_weigh(n, w) for (_, n, _), w in zip(parts, weights, strict=True)])
@@ -196,45 +199,55 @@ def _weigh(x: Array, weight: Array | None) -> Array:
 
 
 def _partial(
-    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None, rotate: Any
+    q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule, lift: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """One view's share: maxima and sums `[B, K, G * S]`, unnormalised output `[B, K, G * S, D]`."""
+    """One view's share: maxima and sums `[B, K, G * S]`, unnormalised output `[B, K, G * S, D]`.
+
+    `lift[B, S, H]` is added to every scaled score of a query.
+    """
     if view.absorb is not None:
-        return _absorbed(q, positions, view, kv_heads, scale, window)
+        return _absorbed(q, positions, view, kv_heads, rule)
     if view.pages is not None:
-        return _paged(q, positions, view, kv_heads, scale, window, rotate)
-    if decoding.in_blocks(q, view, rotate):
+        return _paged(q, positions, view, kv_heads, rule, lift)
+    if decoding.in_blocks(q, view, rule.rotate):
         # In blocks of slots: XLA:CPU would make a copy of the whole buffer in the dtype of the queries.
-        return decoding.by_blocks(
-            lambda block: _partial(q, positions, block, kv_heads, scale, window, rotate), view, EMPTY
-        )
+        return decoding.by_blocks(lambda block: _partial(q, positions, block, kv_heads, rule, lift), view, EMPTY)
     b, s, h, d = q.shape
     lead, k = view.k.shape[:-2], kv_heads
     g, rows = h // k, math.prod(lead) // k
     share = b // rows  # rows of the batch that read one row of the view
     precise = jnp.promote_types(jnp.float32, q.dtype)
-    # q: [B, S, H, D] -> [R, share, S, K, G, D] -> [R, K, share, G, S, D] -> [*lead, share * G * S, D]
-    q = q.reshape(rows, share, s, k, g, d).transpose(0, 3, 1, 4, 2, 5).reshape(*lead, share * g * s, d)
+
+    def queries(x: Array) -> Array:
+        # [B, S, H, D] -> [R, share, S, K, G, D] -> [R, K, share, G, S, D] -> [*lead, share * G * S, D]
+        return x.reshape(rows, share, s, k, g, -1).transpose(0, 3, 1, 4, 2, 5).reshape(*lead, share * g * s, -1)
+
+    q = queries(q)
     keys, k_scale = decoding.decoded(view.k, view.k_scale, view.k_zero, view.k_decode, q.dtype)
-    if not view.rotated and rotate is not None:
-        keys = (_turned(jnp.concatenate(keys, axis=-1), view.positions, rows, rotate),)
+    if not view.rotated and rule.rotate is not None:
+        keys = (_turned(jnp.concatenate(keys, axis=-1), view.positions, rows, rule.rotate),)
     # Scaled here and not in q: a half-precision q would round the scale into every score.
-    scores = _scores(q, keys, len(lead), precise) * scale  # [*lead, share * G * S, T]
+    scores = _scores(q, keys, len(lead), precise) * rule.scale  # [*lead, share * G * S, T]
     if k_scale is not None:
         scores = scores * k_scale[..., None, :].astype(precise)
-    scores = jnp.where(_mask(positions, view, window, (rows, k, share, g, s)).reshape(scores.shape), scores, MASKED)
+    if lift is not None:
+        scores = scores + queries(lift[..., None])
+    if rule.softcap is not None:
+        scores = softcapped(scores, rule.softcap)
+    scores = jnp.where(
+        _mask(positions, view, rule.window, (rows, k, share, g, s)).reshape(scores.shape), scores, MASKED
+    )
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1)
     values, v_scale = decoding.decoded(view.v, view.v_scale, view.v_zero, view.v_decode, q.dtype)
     if v_scale is not None:
         weights = weights * v_scale[..., None, :].astype(precise)
-    lift = decoding.headroom(weights, q.dtype) if v_scale is not None else None
-    weights = weights if lift is None else weights / lift
-    weights = weights.astype(q.dtype)
+    room = decoding.headroom(weights, q.dtype) if v_scale is not None else None
+    weights = (weights if room is None else weights / room).astype(q.dtype)
     parts = [_contract(weights, x, weights.ndim - 1, x.ndim - 2, len(lead), precise) for x in values]
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-    out = out if lift is None else out * lift
+    out = out if room is None else out * room
 
     def rows_first(x: Array) -> Array:  # [*lead, share * G * S, ...] -> [B, K, G * S, ...]
         rest = x.shape[len(lead) + 1 :]
@@ -283,39 +296,42 @@ def _contract(a: Array, b: Array, a_axis: int, b_axis: int, batch: int, precise:
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (axes, axes)), preferred_element_type=precise)
 
 
-def _absorbed(
-    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None
-) -> tuple[Array, Array, Array]:
+def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule) -> tuple[Array, Array, Array]:
     assert view.absorb is not None
     maps = view.absorb
     b, s, h, d = q.shape
+    precise = jnp.promote_types(jnp.float32, q.dtype)
     q = q.reshape(b, s, kv_heads, -1, d)
     wide = jnp.einsum("bskgd,kde->bskge", q, maps.query_map.astype(q.dtype)).reshape(b, s, h, -1)
-    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, scale, window, None)
+    lift = None
+    if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it, and a cap bends it
+        lift = jnp.einsum("bskgd,kd->bskg", q, maps.key_bias.astype(q.dtype), preferred_element_type=precise)
+        lift = lift.reshape(b, s, h) * rule.scale
+    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, rule._replace(rotate=None), lift)
     top, total = (x.reshape(b, kv_heads, -1) for x in (top, total))  # heads are K-major: [B, K, G * S]
     out = out.reshape(b, kv_heads, top.shape[-1], -1)
     out = jnp.einsum("bkme,ked->bkmd", out, maps.value_map.astype(out.dtype))
-    if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it
-        lift = jnp.einsum("bskgd,kd->bkgs", q, maps.key_bias.astype(q.dtype)).astype(top.dtype)
-        top = top + lift.reshape(top.shape) * scale
     if maps.value_bias is not None:
         out = out + total[..., None] * maps.value_bias[None, :, None, :].astype(out.dtype)
     return top, total, out
 
 
 def _paged(
-    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None, rotate: Any
+    q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule, lift: Array | None
 ) -> tuple[Array, Array, Array]:
-    # Every page attends for its owner, then each row gathers the small partial results of its pages: gathering the
+    # Every page attends for its readers, then each row gathers the small partial results of its pages: gathering the
     # pages themselves would copy the pool at every step.
     assert view.pages is not None
-    owner, table = view.pages
-    parts = _partial(q[owner], positions[owner], view.replace(pages=None), kv_heads, scale, window, rotate)
-    none = (table < 0)[:, :, None, None]
-    top, total, out = (x[jnp.maximum(table, 0)] for x in parts)  # [B, n, K, G * S(, D)]
-    top = jnp.where(none, MASKED, top)
+    readers, places = view.pages
+    rows = jnp.maximum(readers, 0).reshape(-1)  # [P * W]
+    lift = None if lift is None else lift[rows]
+    parts = _partial(q[rows], positions[rows], view.replace(pages=None), kv_heads, rule, lift)
+    at = jnp.where(places < 0, rows.shape[0], places)
+    # Where a row has no page stands what one slot that it cannot see would give.
+    pairs = zip(parts, (MASKED, 1, 0), strict=True)
+    top, total, out = (x.at[at].get(mode="fill", fill_value=none) for x, none in pairs)  # [B, n, K, G * S(, D)]
     highest = jnp.max(top, axis=1)
-    weight = jnp.where(none, 0.0, jnp.exp(top - highest[:, None]))
+    weight = jnp.exp(top - highest[:, None])
     return highest, jnp.sum(total * weight, axis=1), jnp.sum(out * weight[..., None], axis=1)
 
 

@@ -41,6 +41,30 @@ class RMSNorm:
 
 
 @dataclasses.dataclass(frozen=True)
+class OffsetRMSNorm(RMSNorm):
+    """x / sqrt(mean(x²) + eps) · (1 + offset), the product in at least float32 (Gemma, 2408.00118).
+
+    The offset is a parameter of its own: 1 + offset has no room in bfloat16.
+    """
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Parameter shapes for an axis of `width`."""
+        return {"offset": (width,)}
+
+    def __call__(self, params: Params, x: Array) -> Array:
+        """`x[..., M]` to the same shape and dtype."""
+        y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
+        y = y * self.factor(x)[..., None]
+        return _affine(y, 1 + params["offset"].astype(y.dtype)).astype(x.dtype)
+
+    def fold(self, params: Params, kernel: Array) -> tuple[Array, Array | None]:
+        """As `RMSNorm.fold`."""
+        precise = jnp.promote_types(jnp.float32, kernel.dtype)
+        scaled = kernel.astype(precise) * (1 + params["offset"].astype(precise))[:, None]
+        return scaled.astype(kernel.dtype), None
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerNorm:
     """(x - mean) / sqrt(var + eps) · scale + bias (Ba et al. 2016, 1607.06450).
 
@@ -74,11 +98,11 @@ class LayerNorm:
         return scaled - jnp.mean(scaled, axis=0, keepdims=True), params["bias"].astype(kernel.dtype) @ kernel
 
 
-Norm = RMSNorm | LayerNorm
+Norm = RMSNorm | LayerNorm  # OffsetRMSNorm is an RMSNorm
 
 
 def _affine(x: Array, scale: Array) -> Array:
     return x * jnp.expand_dims(scale, range(x.ndim - 1)).astype(x.dtype)
 
 
-__all__ = ["RMSNorm", "LayerNorm", "Norm"]
+__all__ = ["RMSNorm", "OffsetRMSNorm", "LayerNorm", "Norm"]

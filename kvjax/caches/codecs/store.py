@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from kvjax import struct
 from kvjax.caches import storage
+from kvjax.ops import decoding
 from kvjax.ops.attention import Decode
 from kvjax.types import Array, DType
 
@@ -32,6 +35,12 @@ class Segment(NamedTuple):
     positions: Array
     zero: Array | None = None
     decode: Decode | None = None
+
+    def decoded(self, dtype: DType) -> Array:
+        """`[*lead, T', D]` in `dtype`; a copy, but for plain elements of that dtype."""
+        parts, scale = decoding.decoded(self.data, self.scale, self.zero, self.decode, dtype)
+        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        return x if scale is None else x * scale[..., None].astype(dtype)
 
 
 class Store(struct.Value):
