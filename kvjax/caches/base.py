@@ -113,7 +113,7 @@ class Cache(struct.Value):
             how = "caches.layer_input()" if site == "input" else f"caches.traced(kind, sites=({site!r},))"
             raise CacheError(f"trace: layer {layer} of {len(self.layers)} keeps no {site!r}; make the cache with {how}")
         live = jnp.arange(self.capacity, dtype=jnp.int32)[None, :] < self.lengths[:, None]
-        return jnp.where(live[:, :, None], store.unpacked()[:, 0], 0)
+        return jnp.where(live[:, :, None], store.unpacked(self.lengths)[:, 0], 0)
 
     def recorded(self, layer: int, site: str) -> Any:
         """The store of what a layer showed at a site, wherever it is kept, or None: the output of one layer is the
