@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvjax import struct
-from kvjax.caches import codecs
 from kvjax.caches.base import (
     REWIND,
     Cache,

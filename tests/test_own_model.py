@@ -77,6 +77,7 @@ PLANS = {
     "default": None,
     "ring": (caches.ring(6), caches.dense()),
     "paged": caches.paged(8),
+    "shared_prefix": caches.shared_prefix(),
     "recompute": caches.recompute(),
 }
 
@@ -88,7 +89,11 @@ def test_every_kind_is_tried_on_it():
 
 @pytest.mark.corner
 @pytest.mark.parametrize(
-    "plan", [pytest.param(p, marks=pytest.mark.full if p in ("dense", "ring", "paged") else ()) for p in PLANS]
+    "plan",
+    [
+        pytest.param(p, marks=pytest.mark.full if p in ("dense", "ring", "paged", "shared_prefix") else ())
+        for p in PLANS
+    ],
 )
 def test_every_loop_agrees_with_its_forward_pass(plan):
     plan, (prompts, want, tokens), lengths = PLANS[plan], recomputed(), np.array([12, 5, 1])

@@ -86,7 +86,7 @@ class Pages(Shared):
         back, refused = self._read_by(table)._alone(inside)
         return self._read_by(jnp.where(refused[:, None] != 0, self.table, back.table)), refused
 
-    def own(self, places: Array) -> tuple[Pages, Array]:
+    def claim(self, places: Array) -> tuple[Pages, Array]:
         """See `Shared`."""
         rows = jnp.arange(places.shape[0])[:, None]
         writes = jnp.zeros(self.table.shape, bool).at[rows, places // self.page].set(True, mode="drop")
@@ -115,7 +115,7 @@ class Pages(Shared):
         return self._read_by(jnp.where(rows[:, None], -1, self.table)), jnp.zeros(rows.shape, jnp.int32)
 
     def take(self, rows: Array) -> tuple[Pages, Array]:
-        """See `Shared`. Rows with the same text share its full pages, up to W each; pages are numbered anew, row by row.
+        """See `Shared`. Rows with the same text share its full pages, up to W each; pages get new numbers, row by row.
 
         A row whose pages do not fit a pool of a given size has none, and is flagged now and whenever it is fed.
         """

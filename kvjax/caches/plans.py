@@ -14,6 +14,7 @@ from kvjax.caches.dense import dense
 from kvjax.caches.paged import paged
 from kvjax.caches.recompute import recompute
 from kvjax.caches.ring import ring
+from kvjax.caches.shared_prefix import shared_prefix
 from kvjax.config import Config
 from kvjax.errors import InputError
 
@@ -98,7 +99,7 @@ def _checked(kind: Any) -> Kind:
     return kind
 
 
-def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, paged, recompute)) -> Any:
+def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, paged, shared_prefix, recompute)) -> Any:
     """Reads a kind as it stands in Python, `ring(1024, sinks=4)`; parsed, never evaluated.
 
     Args:
