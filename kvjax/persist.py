@@ -1,9 +1,9 @@
 """A cache in a file: safetensors, written at once or not at all, and never trusted when it is read.
 
-Every buffer lies there as `[B, K, T, ...]` (pools of pages as `[P, K, page, ...]`), whatever its layout in memory, and as
-its codec keeps it: float8 and int4 are bytes already, and the plan says what they are. A tensor's name is its place in
-the tree, `layers/0/k/data`. The metadata say how the tree is made again: the plan as text (`caches.parse` reads it), the
-model's configuration and fingerprint, and a checksum over everything. Nothing is unpickled or evaluated.
+Every buffer lies there as `[B, K, T, ...]` (pools of pages as `[P, K, page, ...]`), whatever its layout in memory, and
+as its codec keeps it: float8 and int4 are bytes already, and the plan says what they are. A tensor's name is its place
+in the tree, `layers/0/k/data`. The metadata say how the tree is made again: the plan as text (`caches.parse` reads it),
+the model's configuration and fingerprint, and a checksum over everything. Nothing is unpickled or evaluated.
 """
 
 from __future__ import annotations
