@@ -104,7 +104,8 @@ class AbsorbedInput(LayerInput):
             factor=self.factor.write(factor[:, :, None], slots, span.positions),
         )
         held = filled_positions(self.capacity, span.end)
-        ((x, scale, at),), ((factor, _, _),) = node.x.read(held, span.end), node.factor.read(held, span.end)
+        (kept,), (factors,) = node.x.read(held, span.end), node.factor.read(held, span.end)
+        (x, scale, at), factor = kept[:3], factors.data
         values = jnp.where(jnp.isnan(factor), 0, factor)
         if scale is not None:
             factor, values = factor * scale, values * scale
