@@ -46,9 +46,12 @@ PLANS = {
     "dense": lambda capacity: caches.dense(),
     "ring": lambda capacity: caches.ring(capacity - 16, slack=16),
     "sinks": lambda capacity: caches.ring(capacity - 20, slack=16, sinks=4),
+    "paged": lambda capacity: caches.paged(128),
+    "paged and shared": lambda capacity: caches.paged(128, share=4),
+    "shared prefix": lambda capacity: caches.shared_prefix(),
 }
 """Kinds that keep something, at a size where a copy shows; a new one is a line here."""
-DEFAULT = {("dense", 8, 2, "scan"), ("dense", 1, 1, "step"), ("ring", 8, 2, "step")}
+DEFAULT = {("dense", 8, 2, "scan"), ("dense", 1, 1, "step"), ("ring", 8, 2, "step"), ("paged and shared", 8, 2, "scan")}
 MATRIX = [
     pytest.param(*cell, id="-".join(map(str, cell)), marks=() if cell in DEFAULT else pytest.mark.full)
     for cell in [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -181,7 +180,9 @@ class Cache(struct.Value):
         """
         rows = self._checked_rows("release", rows)
         gone = jnp.zeros((self.batch,), bool).at[jnp.where(rows < 0, self.batch, rows)].set(True, mode="drop")
-        least = functools.reduce(jnp.maximum, [entry.least for entry in self.shared.values()], 0)
+        least: Any = 0
+        for entry in self.shared.values():
+            least = jnp.maximum(least, entry.least)
         lengths = jnp.where(gone, least, self.lengths)
         shared, refused = ask(self.shared, lambda entry: entry.release(gone), jnp.zeros_like(lengths))
         return self.replace(
