@@ -22,7 +22,7 @@ from contract_models import apply_plain_translator, apply_translator, naive_sink
 import kvjax
 from kvjax import caches
 from kvjax.caches import codecs, storage
-from kvjax.caches.base import PAGES, Cache, Tree
+from kvjax.caches.base import PAGES, Cache, Project, Span, Tree
 from kvjax.caches.pages import Pages
 from kvjax.caches.shared_prefix import SharedPrefix
 from kvjax.config import Config
