@@ -81,6 +81,7 @@ PLANS = {
     "default": None,
     "ring": (caches.ring(6), caches.dense()),
     "paged": caches.paged(8),
+    "shared_prefix": caches.shared_prefix(),
     "recompute": caches.recompute(),
     "layer_input": caches.layer_input(),
     "traced": (caches.traced(caches.ring(6)), caches.traced(caches.dense(), ("after_ffn",))),
