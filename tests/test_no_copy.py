@@ -46,6 +46,8 @@ PLANS = {
     "dense": lambda capacity: caches.dense(),
     "ring": lambda capacity: caches.ring(capacity - 16, slack=16),
     "sinks": lambda capacity: caches.ring(capacity - 20, slack=16, sinks=4),
+    "sinks in cache": lambda capacity: caches.ring(capacity - 20, slack=16, sinks=4, sinks_in_cache=True),
+    "hybrid": lambda capacity: caches.hybrid(),
 }
 """Kinds that keep something, at a size where a copy shows; a new one is a line here."""
 DEFAULT = {("dense", 8, 2, "scan"), ("dense", 1, 1, "step"), ("ring", 8, 2, "step")}

@@ -60,7 +60,7 @@ class Grouped(Store):
     sizes: Sizes
 
     def encoded(self, x: Array) -> dict[str, Array]:
-        """Groups `[B, n, G, K, D]` as kept, by field: `[B, n * G, K, ...]` for slots, `[B, n, K, ...]` for groups."""
+        """Groups `[B, n, G, K, D]` as kept, by field: `[B, n * G, K, ...]` of slots, or `[B, n, K, ...]` of groups."""
         raise NotImplementedError
 
     @property
@@ -71,17 +71,21 @@ class Grouped(Store):
     def write(self, x: Array, slots: Array, positions: Array, rows: Array | None = None) -> Any:
         """See `Store`. The slots of a row are consecutive; those outside come last."""
         sizes, x = self.sizes, x.astype(self.tail.dtype)
-        start = slots[:, :1]  # [B, 1]
+        start, size = slots[:, :1], x.shape[1]
         end = start + jnp.sum((slots >= 0) & (slots < sizes.slots), axis=1, keepdims=True, dtype=jnp.int32)
-        count = -(-x.shape[1] // sizes.group)
-        places = sizes.coded(start) + jnp.arange(count * sizes.group, dtype=jnp.int32)[None, :]
-        own = jnp.clip(places - start, 0, x.shape[1] - 1)[:, :, None, None]
-        new = jnp.take_along_axis(x, own, axis=1)
-        group = jnp.where((places >= start)[:, :, None, None], new, self._kept(places))  # [B, n * G, K, D]
-        node = self._coded(group, places, places < sizes.coded(end))
-        order = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+        order = start + jnp.arange(size, dtype=jnp.int32)[None, :]
         last = (order < end) & (order >= end - sizes.tail)
-        return node.replace(tail=storage.put(self.tail, x, jnp.where(last, order % sizes.tail, sizes.tail)))
+        node = self.replace(tail=storage.put(self.tail, x, jnp.where(last, order % sizes.tail, sizes.tail)))
+        count = -(-size // sizes.group)
+        places = sizes.coded(start) + jnp.arange(count * sizes.group, dtype=jnp.int32)[None, :]
+        if size <= sizes.slack + 1:
+            # What the new tokens overwrote lies before every group that they close.
+            group = node._kept(places)
+        else:
+            own = jnp.clip(places - start, 0, size - 1)[:, :, None, None]
+            own = jnp.take_along_axis(x, own, axis=1)
+            group = jnp.where((places >= start)[:, :, None, None], own, self._kept(places))  # [B, n * G, K, D]
+        return node._coded(group, places, places < sizes.coded(end))
 
     def _kept(self, places: Array) -> Array:
         """What the tail has of `places[B, n]`, `[B, n, K, D]`."""

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from kvjax import struct
 from kvjax.caches import storage
+from kvjax.ops import decoding
 from kvjax.ops.attention import Decode
 from kvjax.types import Array, DType
 
@@ -35,13 +38,9 @@ class Segment(NamedTuple):
 
     def decoded(self, dtype: DType) -> Array:
         """`[*lead, T', D]` in `dtype`; a copy, but for plain elements of that dtype."""
-        x = self.data.astype(dtype)
-        if self.scale is None:
-            return x
-        if self.scale.ndim < x.ndim:
-            return x * self.scale[..., None].astype(dtype)
-        groups = x.reshape(*self.scale.shape[:-1], -1, x.shape[-1])  # [*lead, T' / g, g, D]
-        return (groups * self.scale[..., None, :].astype(dtype)).reshape(x.shape)
+        parts, scale = decoding.decoded(self.data, self.scale, self.zero, self.decode, dtype)
+        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        return x if scale is None else x * scale[..., None].astype(dtype)
 
 
 class Store(struct.Value):
