@@ -95,7 +95,9 @@ class Prefix(Shared):
             CacheError: the two prefixes differ.
         """
         at = jnp.arange(self.tokens.shape[1])[None, :]
-        same = (self.length == other.length) & jnp.all((self.tokens == other.tokens) | (at >= self.length), axis=1)
+        same = (self.length == other.length) & jnp.all(
+            (self.tokens == other.tokens) | (at >= self.length[:, None]), axis=1
+        )
         if is_concrete(same) and not bool(same[0]):
             raise CacheError("join: the rows of the other cache go on from another prefix")
         suffix, flags = ask(self.suffix, lambda entry, more: entry.join(more), jnp.where(same, 0, PREFIX), other.suffix)
