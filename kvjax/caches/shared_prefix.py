@@ -72,7 +72,7 @@ class Prefix(Shared):
 
     def claim(self, places: Array) -> tuple[Prefix, Array]:
         """See `Shared`."""
-        below = jnp.any(places < self.length, axis=1)
+        below = jnp.any(places < self.length[:, None], axis=1)
         places = jnp.where(below[:, None], EMPTY, _before(places, self.length))
         return self._ask(lambda entry: entry.claim(places), jnp.where(below, REWIND, 0))
 
@@ -172,7 +172,7 @@ class SharedPrefix(Node):
     def move(self, source: Array, target: Array, shared: Any) -> SharedPrefix:
         """See `Node`."""
         common = shared["prefix"]
-        there, here = source - common.length, _before(target, common.length)
+        there, here = source - common.length[:, None], _before(target, common.length)
         return self.replace(suffix=self.suffix.move(there, here, common.suffix))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
