@@ -50,7 +50,7 @@ PLANS = {
     "sinks in cache": lambda capacity: caches.ring(capacity - 20, slack=16, sinks=4, sinks_in_cache=True),
     "hybrid": lambda capacity: caches.hybrid(),
     "paged": lambda capacity: caches.paged(128),
-    "paged and shared": lambda capacity: caches.paged(128, share=4),
+    "paged and shared": lambda capacity: caches.paged(128, share=2),  # scores grow with the rows a page
     "shared prefix": lambda capacity: caches.shared_prefix(),
 }
 """Kinds that keep something, at a size where a copy shows; a new one is a line here."""
