@@ -174,6 +174,20 @@ def test_n_tokens_stay_quadratic_with_a_cache():
     assert costs.with_kv_flops(TEXTBOOK, 2 * n) > 3.9 * costs.with_kv_flops(TEXTBOOK, n)
 
 
+def test_streams_kept_instead_of_keys_and_values_save_less():
+    for step, whole in (
+        (costs.kv_flops, costs.with_kv_flops),
+        (costs.reprojected_flops, costs.with_reprojected_flops),
+        (costs.absorbed_flops, costs.with_absorbed_flops),
+    ):
+        steps = sum(dataclasses.replace(step(TEXTBOOK, slots=t), head=0).contractions for t in range(1, 65))
+        assert whole(TEXTBOOK, 64) == steps
+    for n in (64, 1024):
+        kept = [f(TEXTBOOK, n) for f in (costs.with_kv_flops, costs.with_reprojected_flops, costs.without_cache_flops)]
+        assert kept == sorted(kept)
+        assert kept[2] / kept[1] < 6 + n / D, "4 d² a position and step, where 24 d² + 4 t d are without a cache"
+
+
 @pytest.mark.parametrize("n", [2, 16, 256, 4096, 10**6])
 def test_a_cache_saves_between_n_over_2_and_2_n_over_3_not_up_to_ten(n):
     ratio = costs.without_cache_flops(TEXTBOOK, n) / costs.with_kv_flops(TEXTBOOK, n)
