@@ -1,5 +1,8 @@
 """Transformer decoding in JAX where the KV cache is a value."""
 
+from importlib import import_module
+from typing import Any
+
 from kvjax import caches, donating, sampling
 from kvjax.caches import codecs
 from kvjax.caches.base import Cache
@@ -14,6 +17,14 @@ from kvjax.params import init_params
 from kvjax.persist import load_cache, save_cache
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # `kvjax.testing` is reached by name and not imported by those who do not ask for it.
+    if name == "testing":
+        return import_module("kvjax.testing")
+    raise AttributeError(f"module 'kvjax' has no attribute {name!r}")
+
 
 __all__ = [
     "Cache",
@@ -44,4 +55,5 @@ __all__ = [
     "sampling",
     "save_cache",
     "step",
+    "testing",
 ]

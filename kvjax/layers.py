@@ -99,21 +99,25 @@ def self_attention(
     h, k, d = config.query_heads, config.kv_heads, config.head_dim
     attn = params["attn"]
 
-    def project(x: Array) -> tuple[Array, Array, Array]:
-        b, s, _ = x.shape
-        qkv = linear(attn["qkv"], normed(params, config, "attn", x))  # [B, S, (H + 2K) * D]
-        q, keys, values = jnp.split(qkv, [h * d, (h + k) * d], axis=-1)
-        q, keys, values = (y.reshape(b, s, -1, d) for y in (q, keys, values))
-        if config.qk_norm is not None:
-            q, keys = config.qk_norm(attn["q_norm"], q), config.qk_norm(attn["k_norm"], keys)
-        return q, keys, values
+    @jax.named_scope("projections")
+    def project(x: Array, weights: Params, sizes: tuple[int, ...]) -> list[Array]:
+        y = linear(weights, normed(params, config, "attn", x))  # [B, S, heads * D]
+        return [part.reshape(*x.shape[:2], -1, d) for part in jnp.split(y, [size * d for size in sizes], axis=-1)]
 
-    q, own_keys, own_values = project(x)
+    q, own_keys, own_values = project(x, attn["qkv"], (h, h + k))
+    if config.qk_norm is not None:
+        q, own_keys = config.qk_norm(attn["q_norm"], q), config.qk_norm(attn["k_norm"], own_keys)
 
     def kv(stream: Array, positions: Array | None) -> tuple[Array, Array]:
-        keys, values = (own_keys, own_values) if stream is x else project(stream)[1:]
+        keys, values = own_keys, own_values
+        if stream is not x:  # what was kept: its queries are not wanted again
+            weights = {name: w[..., h * d :] for name, w in attn["qkv"].items()}
+            keys, values = project(stream, weights, (k,))
+            if config.qk_norm is not None:
+                keys = config.qk_norm(attn["k_norm"], keys)
         return (keys if positions is None else rotation(keys, positions)), values
 
+    @jax.named_scope("projections")
     def absorb(stream: Array) -> tuple[Absorb, Array | None]:
         kernel, bias, factor = attn["qkv"]["kernel"][:, h * d :].astype(stream.dtype), None, None
         if config.norm_order is not NormOrder.POST:  # else no norm stands before the projections
@@ -137,7 +141,8 @@ def self_attention(
         window=config.windows[layer],
         softcap=config.attention_softcap,
     )
-    return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
+    with jax.named_scope("projections"):
+        return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
 
 
 def absorbs(config: Config, layer: int) -> bool:

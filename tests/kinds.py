@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
-from models import FULL, GEMMA, LEARNED, MIXED, POST, WINDOW, WINDOWED, tiny
+from models import FULL, GEMMA, LEARNED, MIXED, POST, WINDOW, WINDOWED
 
-from kvjax import caches, codecs
+from kvjax import caches, codecs, testing
 from kvjax.caches import plans
-from kvjax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A plan, a model that it is exact on, and the reference that it must equal.
+class Case(testing.Case):
+    """A case of the contract suite; `full` ones run in the full suite only."""
 
-    Args:
-        name: for people.
-        plan: under test.
-        config: of the model.
-        reference: computes the same from scratch.
-        keeps: whether there are keys and values to look at.
-        slack: tokens that a row can be rewound; None is any number.
-        full: runs in the full suite only.
-        exact: whether it equals the reference; codes of few bits do not, and keep the other promises bitwise.
-    """
-
-    name: str
-    plan: Any
-    config: Config = MIXED
-    reference: Any = caches.recompute()
-    keeps: bool = True
-    slack: int | None = None
-    full: bool = False
-    exact: bool = True
-
-    @property
-    def model(self):
-        return tiny(self.config)
+    full: bool = dataclasses.field(default=False, kw_only=True)
 
 
 W = WINDOW
-GROUPS = codecs.int4_channels(4, residual=3, slack=4)
 SINKS = {"window": W, "sinks": 2}
+CODES = {"exact": False, "refuses": ("grad",)}
 TABLE = {
     caches.dense: (
         Case("dense", caches.dense()),
         Case("dense everywhere full", caches.dense(), FULL, full=True),
         Case("post norm", caches.dense(), POST, full=True),
-        Case("int8", caches.dense(store=codecs.int8()), exact=False),
-        Case("fp8", caches.dense(store=codecs.fp8()), exact=False, full=True),
-        Case("int4", caches.dense(store=codecs.int4()), exact=False, full=True),
-        Case("int4 channels", caches.dense(store=GROUPS), slack=4, exact=False),
-        Case("float16", caches.dense(store="float16"), exact=False, full=True),
     ),
     caches.ring: (
         Case("ring", (caches.ring(W, slack=4), caches.dense()), slack=4),
@@ -77,15 +48,24 @@ TABLE = {
             slack=2,
             full=True,
         ),
-        Case("ring of int8", caches.ring(W, slack=2, store=codecs.int8()), WINDOWED, slack=2, exact=False, full=True),
         Case("default plan", caches.default(MIXED), slack=plans.SLACK, full=True),
         Case("gemma", caches.default(GEMMA), GEMMA, slack=plans.SLACK, full=True),
     ),
     caches.paged: (
-        Case("paged", caches.paged(8)),
+        Case("paged", caches.paged(8), scarce=caches.paged(8, pages=4)),
         Case("paged and shared", caches.paged(8, share=2)),
         Case("pages of a pool", caches.paged(5, pages=60), full=True),
         Case("paged everywhere windowed", caches.paged(16, share=3), WINDOWED, full=True),
+    ),
+    caches.shared_prefix: (
+        Case("shared prefix", caches.shared_prefix()),
+        Case(
+            "shared prefix and ring",
+            (caches.shared_prefix(caches.ring(W, slack=4)), caches.shared_prefix()),
+            slack=4,
+            full=True,
+        ),
+        Case("shared prefix and pages", caches.shared_prefix(caches.paged(8, share=2)), full=True),
     ),
     caches.recompute: (
         Case("recompute", caches.recompute(), keeps=False),
@@ -100,14 +80,34 @@ TABLE = {
     ),
     caches.output: (Case("output", caches.output(), full=True),),
     caches.hybrid: (Case("hybrid", caches.hybrid(), full=True),),
+    codecs.int8: (
+        Case("int8", caches.dense(store=codecs.int8()), **CODES),
+        Case(
+            "ring of int8", (caches.ring(W, slack=4, store=codecs.int8()),) * 2, WINDOWED, slack=4, full=True, **CODES
+        ),
+        Case("pages of int8", caches.paged(8, share=2, store=codecs.int8()), full=True, **CODES),
+    ),
+    codecs.fp8: (Case("fp8", caches.dense(store=codecs.fp8()), full=True, **CODES),),
+    codecs.int4: (Case("int4", caches.dense(store=codecs.int4()), full=True, **CODES),),
+    codecs.int4_channels: (
+        Case(
+            "int4 by channel",
+            caches.dense(store=codecs.int4_channels(group=4, residual=4, slack=4)),
+            slack=4,
+            full=True,
+            **CODES,
+        ),
+    ),
+    codecs.plain: (Case("bfloat16", caches.dense(store=codecs.plain("bfloat16")), exact=False, full=True),),
 }
 
 
 def cases() -> list[Case]:
     """All cases of every kind."""
-    missing = [kind.__name__ for kind in caches.KINDS if kind not in TABLE]
+    every = (*caches.KINDS, *codecs.CODECS)
+    missing = [kind.__name__ for kind in every if kind not in TABLE]
     assert not missing, f"tests/kinds.py has no case for {missing}"
-    return [case for kind in caches.KINDS for case in TABLE[kind]]
+    return [case for kind in every for case in TABLE[kind]]
 
 
 def each(only=lambda case: True):

@@ -31,6 +31,7 @@ ROOMS = (
     ("lm", "persist"),
     ("loops",),
     ("donating",),
+    ("strategies",),
     ("",),  # kvjax/__init__.py: the public names
     ("train", "testing"),
     ("cli",),

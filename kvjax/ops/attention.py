@@ -176,6 +176,7 @@ class _Rule(NamedTuple):
     rotate: Callable[[Array, Array], Array] | None
 
 
+@jax.named_scope("scores")
 def _attend(q: Array, positions: Array, views: tuple[View, ...], *, kv_heads: int, rule: _Rule) -> Array:
     b, s, h, d = q.shape
     parts = []
@@ -296,6 +297,7 @@ def _contract(a: Array, b: Array, a_axis: int, b_axis: int, batch: int, precise:
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (axes, axes)), preferred_element_type=precise)
 
 
+@jax.named_scope("projections")
 def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule) -> tuple[Array, Array, Array]:
     assert view.absorb is not None
     maps = view.absorb
@@ -307,7 +309,8 @@ def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule
     if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it, and a cap bends it
         lift = jnp.einsum("bskgd,kd->bskg", q, maps.key_bias.astype(q.dtype), preferred_element_type=precise)
         lift = lift.reshape(b, s, h) * rule.scale
-    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, rule._replace(rotate=None), lift)
+    with jax.named_scope("scores"):
+        top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, rule._replace(rotate=None), lift)
     top, total = (x.reshape(b, kv_heads, -1) for x in (top, total))  # heads are K-major: [B, K, G * S]
     out = out.reshape(b, kv_heads, top.shape[-1], -1)
     out = jnp.einsum("bkme,ked->bkmd", out, maps.value_map.astype(out.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -24,12 +25,14 @@ class RMSNorm:
         """Parameter shapes for an axis of `width`."""
         return {"scale": (width,)}
 
+    @jax.named_scope("norms")
     def __call__(self, params: Params, x: Array) -> Array:
         """`x[..., M]` to the same shape and dtype."""
         y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
         y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return _affine(y.astype(x.dtype), params["scale"])
 
+    @jax.named_scope("norms")
     def factor(self, x: Array) -> Array:
         """`[...]`, what each vector of `x[..., M]` is multiplied by."""
         y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
@@ -51,6 +54,7 @@ class OffsetRMSNorm(RMSNorm):
         """Parameter shapes for an axis of `width`."""
         return {"offset": (width,)}
 
+    @jax.named_scope("norms")
     def __call__(self, params: Params, x: Array) -> Array:
         """`x[..., M]` to the same shape and dtype."""
         y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
@@ -78,6 +82,7 @@ class LayerNorm:
         """Parameter shapes for an axis of `width`."""
         return {"scale": (width,), "bias": (width,)}
 
+    @jax.named_scope("norms")
     def __call__(self, params: Params, x: Array) -> Array:
         """`x[..., M]` to the same shape and dtype."""
         y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
@@ -86,6 +91,7 @@ class LayerNorm:
         y = _affine(y.astype(x.dtype), params["scale"])
         return y + jnp.expand_dims(params["bias"], range(x.ndim - 1)).astype(x.dtype)
 
+    @jax.named_scope("norms")
     def factor(self, x: Array) -> Array:
         """`[...]`, what each centred vector of `x[..., M]` is multiplied by."""
         y = x.astype(jnp.promote_types(jnp.float32, x.dtype))
