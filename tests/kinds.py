@@ -87,7 +87,7 @@ TABLE = {
         ),
         Case("pages of int8", caches.paged(8, share=2, store=codecs.int8()), full=True, **CODES),
     ),
-    codecs.fp8: (Case("fp8", caches.dense(store=codecs.fp8()), full=True, exact=False),),
+    codecs.fp8: (Case("fp8", caches.dense(store=codecs.fp8()), full=True, **CODES),),
     codecs.int4: (Case("int4", caches.dense(store=codecs.int4()), full=True, **CODES),),
     codecs.int4_channels: (
         Case(

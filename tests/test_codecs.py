@@ -366,7 +366,7 @@ def test_blocks_can_be_mapped_and_differentiated():
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2e-3, atol=1e-3 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", ["int8", "int4_channels"])
+@pytest.mark.parametrize("name", ["int8", pytest.param("int4_channels", marks=pytest.mark.full)])
 def test_a_step_is_the_same_compiled_and_not(name):
     model, plan = tiny(FULL), caches.dense(store=STORES[name])
     _, cache = filled(model, plan)

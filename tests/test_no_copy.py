@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 import kvjax
-from kvjax import caches, sampling, struct
+from kvjax import caches, codecs, sampling, struct
 from kvjax.caches.base import Kind
 from kvjax.caches.dense import Dense
 from kvjax.config import Config
 from kvjax.loops.decode import DONATING
+from kvjax.ops import decoding
 from kvjax.ops.positions import Learned
 
 VOCAB, WIDTH, CACHE = 128, 64, 64 * 2**20
@@ -30,7 +31,7 @@ def measure(plan_of, batch, kv_heads, program, config=None):
     model = jax.eval_shape(lambda: kvjax.decoder(config, kvjax.init_params(config, jax.random.key(0))))
     plan = plan_of(capacity)
     cache = jax.eval_shape(lambda m: kvjax.init_cache(m, plan, batch=batch, capacity=capacity), model)
-    assert nbytes(cache) >= CACHE
+    assert nbytes(cache) >= CACHE / 8  # int4 is the smallest
     shape = jax.ShapeDtypeStruct
     rows = shape((batch,), jnp.int32)
     logits, seeds = shape((batch, VOCAB), jnp.float32), shape((batch,), jnp.uint32)
@@ -74,6 +75,40 @@ def test_a_donated_cache_is_updated_in_place(plan, batch, kv_heads, program):
     print(f"{jax.__version__}: temporaries {temporary:.4f} of cache and logits, aliased {aliased:.4f}")
     assert temporary <= 0.05
     assert aliased == 1
+
+
+STORES = {
+    "float16": "float16",
+    "int8": codecs.int8(),
+    "fp8": codecs.fp8(),
+    "int4": codecs.int4(),
+    "int4_channels": codecs.int4_channels(),
+}
+NARROW = {("int8", 8, 2, "scan"), ("int8", 1, 1, "step"), ("float16", 8, 2, "step"), ("int4_channels", 8, 2, "scan")}
+
+
+@pytest.mark.corner
+@pytest.mark.parametrize(
+    ("store", "batch", "kv_heads", "program"),
+    [
+        pytest.param(*cell, id="-".join(map(str, cell)), marks=() if cell in NARROW else pytest.mark.full)
+        for cell in [(s, b, k, p) for s in STORES for b, k in ((1, 1), (8, 2)) for p in ("scan", "step")]
+    ],
+)
+def test_a_narrow_store_is_updated_in_place_and_read_in_blocks(store, batch, kv_heads, program):
+    temporary, aliased = measure(lambda capacity: caches.dense(store=STORES[store]), batch, kv_heads, program)
+    print(f"{jax.__version__}: temporaries {temporary:.4f} of cache and logits, aliased {aliased:.4f}")
+    assert temporary <= 0.15  # blocks of 128 of some thousand slots
+    assert aliased == 1
+
+
+@pytest.mark.parametrize("store", ["int8", pytest.param("float16", marks=pytest.mark.full)])
+def test_the_measure_catches_a_store_that_is_cast_whole(monkeypatch, store):
+    monkeypatch.setattr(decoding, "SLOTS", 1 << 30)
+    jax.clear_caches()  # programs made with blocks
+    temporary, _ = measure(lambda capacity: caches.dense(store=STORES[store]), 8, 2, "scan")
+    jax.clear_caches()
+    assert temporary > 0.4
 
 
 # As wide as keys and values together, so that the cache is as large; the absorbed one needs no rotation.
