@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import contract_kinds as kinds
 import handwritten
 import harness
 import jax
@@ -31,7 +30,7 @@ import jax.numpy as jnp
 from contract_cases import BROKEN, CASES, EXACT
 
 import kvjax
-from kvjax import caches, sampling
+from kvjax import caches, codecs, sampling
 from kvjax.caches.base import Span
 from kvjax.config import Config
 from kvjax.loops.decode import DONATING, seeds_of
@@ -48,15 +47,21 @@ PREFIXED, PREFIX = "shared prefix 512", 512
 KINDS: dict[str, Any] = {
     "dense": caches.dense(),
     "ring 256": caches.ring(256),
-    "sinks 4 + 252 in cache": kinds.SinksKind(252, 4),
-    "int8": caches.dense(store=kinds.Int8()),
-    "ring 256 of int8": caches.ring(256, store=kinds.Int8()),
+    "sinks 4 + 252 in cache": caches.ring(252, sinks=4, sinks_in_cache=True),
+    "bfloat16": caches.dense(store="bfloat16"),
+    "float16": caches.dense(store="float16"),
+    "int8": caches.dense(store=codecs.int8()),
+    "fp8": caches.dense(store=codecs.fp8()),
+    "int4": caches.dense(store=codecs.int4()),
+    "int4 channels": caches.dense(store=codecs.int4_channels()),
+    "ring 256 of int8": caches.ring(256, store=codecs.int8()),
     "paged 128": caches.paged(128),
     "paged 128, 4 rows a page": caches.paged(128, share=4),
     PREFIXED: PREFIXED,
     "keys un-rotated": caches.dense(rotated=False),
+    "layer input": caches.layer_input(),
     UNTURNED: caches.dense(),
-    "layer input, absorbed": kinds.LayerInputKind(),
+    "layer input, absorbed": caches.layer_input(absorb=True),
 }
 """What is timed; the last two on the same model without rotation."""
 

@@ -147,7 +147,7 @@ def one_by_one(rows: list[np.ndarray]) -> tuple[int, ...]:
 # ---------------------------------------------------------------- 1. ring × int8, chunks longer than the window
 
 
-class FloatChunk(kinds.Int8Store):
+class FloatChunk(codecs.ScaledStore):
     """Broken: a chunk that is read before it is kept is read in full precision."""
 
     def fresh(self, x: Array, positions: Array) -> Any:
@@ -157,12 +157,21 @@ class FloatChunk(kinds.Int8Store):
 FloatChunk = kinds.struct.node(FloatChunk)
 
 
+@dataclasses.dataclass(frozen=True)
+class FloatChunks(codecs.Codec):
+    """Makes `FloatChunk`s of int8."""
+
+    def empty(self, *size: Any) -> Any:
+        made = codecs.int8().empty(*size)
+        return FloatChunk(made.codes, made.scale, made.heads, made.code)
+
+
 def ring_int8(broken: bool, full: bool = True) -> dict[str, float]:
     """A ring of int8 in chunks against a dense int8 cache with a window, fed token by token."""
     m, rows = model(LOCAL), prompts()
-    store = kinds.Int8(FloatChunk if broken else kinds.Int8Store)
+    store = FloatChunks() if broken else codecs.int8()
     got = play(m, fresh(m, caches.ring(WINDOW, slack=3, store=store)), rows, full=full)
-    want = play(m, fresh(m, caches.dense(store=kinds.Int8())), rows, one_by_one(rows), full=full)
+    want = play(m, fresh(m, caches.dense(store=codecs.int8())), rows, one_by_one(rows), full=full)
     held = np.asarray(got.cache.positions(0))  # first layer: its input knows no cache
     b, t = np.nonzero(held != EMPTY)
     codes = [storage.unpack(c.layers[0].k.codes, 2, 1) for c in (got.cache, want.cache)]
@@ -173,24 +182,14 @@ def ring_int8(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 2. absorbed layer input, absorbed cross-attention
 
 
-class NoFactor(kinds.LayerInput):
-    """Broken: the norm's factor of each position is left out."""
-
-    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> Any:
-        views, node = super().extend(h, project, span, shared)
-        return tuple(view.replace(k_scale=None, v_scale=None) for view in views), node
-
-
-NoFactor = kinds.struct.node(NoFactor)
-
-
 def layer_input(broken: bool, full: bool = True) -> dict[str, float]:
     """Layer inputs with the norm folded into the maps against dense, RMSNorm and LayerNorm with biases."""
     out = {}
     for name, config in (("layer norm and biases", GPT2), ("rms norm", PLAIN))[: 2 if full else 1]:
         m, rows = model(config), prompts()
         m = m.replace(config=dataclasses.replace(config, max_positions=None))
-        plan = kinds.LayerInputKind(NoFactor if broken else kinds.LayerInput)
+        plan = caches.layer_input(absorb=True)
+        plan = kinds.Twin(plan, kinds.NoFactor) if broken else plan
         out[name] = compare(*(play(m, fresh(m, kind), rows, full=full) for kind in (plan, caches.dense())))
     return out
 
@@ -263,7 +262,7 @@ def with_pages(cache: Cache, broken: bool) -> Cache:
 def paged(broken: bool, full: bool = True) -> dict[str, float]:
     """Pages of 4, fewer of them than rows × capacity, plain and int8, against dense; and a pool that runs out."""
     m, rows, out = model(LLAMA), prompts((23, 17, 5)), {}
-    for name, store in (("plain", codecs.plain()), ("int8", kinds.Int8()))[: 2 if full else 1]:
+    for name, store in (("plain", codecs.plain()), ("int8", codecs.int8()))[: 2 if full else 1]:
         cache = with_pages(fresh(m, caches.paged(4, 22, store=store), batch=3), broken)  # of 3 × 12
         chunks = CHUNKS if name == "plain" else one_by_one(rows)
         whole = fresh(m, caches.dense(store=store), batch=3)
@@ -283,20 +282,11 @@ def paged(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 4. sinks with positions inside the cache
 
 
-class TextPositions(kinds.SinksInCache):
-    """Broken: sinks are read at their positions in the text."""
-
-    def in_cache(self, positions: Array) -> Array:
-        return positions
-
-
-TextPositions = kinds.struct.node(TextPositions)
-
-
 def sinks(broken: bool, full: bool = True) -> dict[str, float]:
     """Against every score computed on its own."""
     m, rows = model(LLAMA), prompts()
-    cache = fresh(m, kinds.SinksKind(WINDOW, 3, node=TextPositions if broken else kinds.SinksInCache))
+    plan = caches.ring(WINDOW, sinks=3, sinks_in_cache=True)
+    cache = fresh(m, kinds.Twin(plan, kinds.TextPositions) if broken else plan)
     logits, cache = prefill(m, cache, rows, CHUNKS)
     tokens, last, _ = kvjax.decode(m, cache, jnp.asarray(logits), steps=9)
     out = {"prompt": 0.0, "decode": 0.0}
@@ -314,7 +304,8 @@ def sinks(broken: bool, full: bool = True) -> dict[str, float]:
 def unrotated(broken: bool, full: bool = True) -> dict[str, float]:
     """Against dense, whose keys are turned once."""
     m = model(LLAMA)
-    plan = kinds.NotTurnedKind() if broken else caches.dense(rotated=False)
+    plan = caches.dense(rotated=False)
+    plan = kinds.Twin(plan, kinds.NotTurned) if broken else plan
     out = {}
     for name, rows in (("two rows", prompts()), ("one row", prompts((23,))))[: 2 if full else 1]:
         played = (play(m, fresh(m, kind, len(rows)), rows, full=full) for kind in (plan, caches.dense()))
@@ -385,7 +376,9 @@ def tree(broken: bool, full: bool = True) -> dict[str, float]:
         "ring": (LOCAL, caches.ring(WINDOW, slack=8)),
         "recompute": (LLAMA, caches.recompute()),
         "un-rotated keys": (LLAMA, caches.dense(rotated=False)),
-        "layer input": (PLAIN, kinds.LayerInputKind()),
+        "layer input": (LLAMA, caches.layer_input()),
+        "layer input, absorbed": (PLAIN, caches.layer_input(absorb=True)),
+        "traced": (LLAMA, caches.hybrid()),
     }
     rows, out = prompts(), {}
     drafts = np.random.default_rng(5).integers(0, 61, (2, len(PARENTS))).astype(np.int32)

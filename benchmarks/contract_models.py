@@ -22,10 +22,13 @@ def apply_translator(
 ) -> tuple[Array, OpenCache]:
     """A decoder with cross-attention: layer i attends to the text at node i and to the source at node L + i."""
     x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")
-    rotation, (h, k, d) = Rotation.at(config, cache.positions, x.dtype), (config.query_heads, 2, config.head_dim)
+    rotations, (h, k, d) = (
+        Rotation.of_layers(config, cache.positions, x.dtype),
+        (config.query_heads, 2, config.head_dim),
+    )
     for i in range(config.num_layers):
         own, cross = params["layers"][str(i)], params["cross"][str(i)]
-        y, cache = self_attention(own, config, x, cache, i, rotation)
+        y, cache = self_attention(own, config, x, cache, i, rotations[i])
         x = x + y
         q = linear(cross["q"], config.norm(cross["norm"], x)).reshape(*x.shape[:2], h, d)
         maps = cross["kv"]["kernel"].reshape(-1, 2, k, d)  # [E, keys and values, K, D]

@@ -1,5 +1,8 @@
 """Transformer decoding in JAX where the KV cache is a value."""
 
+from importlib import import_module
+from typing import Any
+
 from kvjax import caches, donating, sampling
 from kvjax.caches import codecs
 from kvjax.caches.base import Cache
@@ -8,10 +11,20 @@ from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.host import Generated, generate
+from kvjax.loops.resume import resume
 from kvjax.model import Model, attend, cache_nbytes, decoder, forward, init_cache
 from kvjax.params import init_params
+from kvjax.persist import load_cache, save_cache
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # `kvjax.testing` is reached by name and not imported by those who do not ask for it.
+    if name == "testing":
+        return import_module("kvjax.testing")
+    raise AttributeError(f"module 'kvjax' has no attribute {name!r}")
+
 
 __all__ = [
     "Cache",
@@ -36,7 +49,11 @@ __all__ = [
     "init_cache",
     "init_params",
     "load",
+    "load_cache",
     "prefill",
+    "resume",
     "sampling",
+    "save_cache",
     "step",
+    "testing",
 ]

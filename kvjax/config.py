@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable
 
 from kvjax.errors import InputError
@@ -12,9 +13,20 @@ from kvjax.ops.positions import Positions, Rope
 from kvjax.types import Array
 
 
+class NormOrder(enum.Enum):
+    """Where the norms of a layer stand around its sub-layers f, attention and feed-forward."""
+
+    PRE = "x + f(norm(x))"
+    """GPT-2, Llama; a final norm after the last layer."""
+    POST = "norm(x + f(x))"
+    """The Transformer of Vaswani et al. (1706.03762); no final norm."""
+    SANDWICH = "x + norm(f(norm(x)))"
+    """Gemma 2 and 3 (2408.00118), two norms a sub-layer; a final norm after the last layer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A pre-norm decoder: embedding, layers of self-attention and feed-forward, final norm, head.
+    """A decoder: embedding, layers of self-attention and feed-forward, final norm, head.
 
     Args:
         vocab_size: V, rows of the embedding.
@@ -24,15 +36,20 @@ class Config:
         head_dim: D; need not be M / H.
         ffn_width: F.
         max_positions: positions that the model was made for; a token past them is flagged, not fed. None: no limit.
-        norm: used before attention, before the feed-forward and at the end.
+        norm: of the layers and at the end.
+        norm_order: where it stands.
         activation: a module-level function.
         gated: feed-forward as down(activation(gate) · up) (Shazeer 2002.05202) instead of down(activation(up)).
         positions: `Rope` or `Learned`.
+        layer_positions: per layer, its own rotation in place of `positions` (Gemma 3). Empty: all layers `positions`.
         qkv_bias, out_bias, ffn_bias: which linear maps carry a bias.
         qk_norm: a norm over each query and key head before rotation (Qwen3), or None.
         windows: per layer, how many positions a query sees including its own; None is all. Empty: all layers None.
         tied: the head reads the embedding table.
         scale: factor on the scores; None is D ** -0.5.
+        embed_scale: factor on the token embedding, rounded to the parameters' dtype.
+        attention_softcap, logit_softcap: bounds c on scaled scores and on logits, as tanh(s / c) · c (Gemma 2,
+            2408.00118); None is none.
     """
 
     vocab_size: int
@@ -44,9 +61,11 @@ class Config:
     ffn_width: int
     max_positions: int | None = None
     norm: Norm = RMSNorm()
+    norm_order: NormOrder = NormOrder.PRE
     activation: Callable[[Array], Array] = activations.silu
     gated: bool = True
     positions: Positions = Rope()
+    layer_positions: tuple[Rope, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False
     ffn_bias: bool = False
@@ -54,6 +73,9 @@ class Config:
     windows: tuple[int | None, ...] = ()
     tied: bool = True
     scale: float | None = None
+    embed_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "width", "query_heads", "kv_heads", "head_dim", "ffn_width"):
@@ -63,6 +85,16 @@ class Config:
             raise InputError(f"Config: query_heads {self.query_heads} is no multiple of kv_heads {self.kv_heads}")
         if isinstance(self.positions, Rope) and self.head_dim % 2:
             raise InputError(f"Config: rotary positions need an even head_dim, not {self.head_dim}")
+        if self.layer_positions and not isinstance(self.positions, Rope):
+            raise InputError("Config: layer_positions are rotations, but positions is a learned table")
+        if len(self.layer_positions) not in (0, self.num_layers):
+            raise InputError(
+                f"Config: layer_positions has {len(self.layer_positions)} entries for {self.num_layers} layers"
+            )
+        for name in ("attention_softcap", "logit_softcap"):
+            cap = getattr(self, name)
+            if cap is not None and not cap > 0:
+                raise InputError(f"Config: {name} must be more than 0, not {cap}")
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
@@ -71,5 +103,10 @@ class Config:
             if window is not None and window < 1:
                 raise InputError(f"Config: a window must be at least 1, not {window}")
 
+    @property
+    def turns(self) -> tuple[Positions, ...]:
+        """Positions of each layer."""
+        return self.layer_positions or (self.positions,) * self.num_layers
 
-__all__ = ["Config"]
+
+__all__ = ["Config", "NormOrder"]

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 
 from kvjax.loops import decode as _loop
+from kvjax.loops import resume as _resume
 
 prefill = functools.partial(_loop.prefill, _run=_loop.DONATING)
 step = functools.partial(_loop.step, _run=_loop.DONATING)
 decode = functools.partial(_loop.decode, _run=_loop.DONATING)
 decode_until = functools.partial(_loop.decode_until, _run=_loop.DONATING)
+resume = functools.partial(_resume.resume, _run=_resume.DONATING)
 
-__all__ = ["prefill", "step", "decode", "decode_until"]
+__all__ = ["prefill", "step", "decode", "decode_until", "resume"]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvjax.caches.base import OpenCache, Project
-from kvjax.config import Config
+from kvjax.config import Config, NormOrder
 from kvjax.ops.attention import Absorb
+from kvjax.ops.positions import Positions
 from kvjax.types import Array, Params
 
 
@@ -34,31 +35,49 @@ def feed_forward(params: Params, config: Config, x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Rotates to positions; the tables of the new tokens' own positions are made once for all layers.
+    """Rotates to positions; the tables of the new tokens' own positions are made once.
 
     Args:
-        config: the model.
+        kind: how a layer turns queries and keys.
         positions: `[B, S]` int32 of the new tokens.
         tables: made for `positions`.
+        head_dim: D.
         dtype: what the model computes in.
     """
 
-    config: Config
+    kind: Positions
     positions: Array
     tables: Any
+    head_dim: int
     dtype: Any
 
     @classmethod
-    def at(cls, config: Config, positions: Array, dtype: Any) -> Rotation:
-        """With its tables made."""
-        return cls(config, positions, config.positions.tables(positions, config.head_dim, dtype), dtype)
+    def of_layers(cls, config: Config, positions: Array, dtype: Any) -> tuple[Rotation, ...]:
+        """One a layer; layers that turn alike share one, with its tables."""
+        d = config.head_dim
+        made = {x: cls(x, positions, x.tables(positions, d, dtype), d, dtype) for x in dict.fromkeys(config.turns)}
+        return tuple(made[x] for x in config.turns)
 
     def __call__(self, x: Array, positions: Array) -> Array:
         """`x[B, S, heads, D]` turned to `positions[B, S]`."""
         tables = self.tables
         if positions is not self.positions:
-            tables = self.config.positions.tables(positions, self.config.head_dim, self.dtype)
-        return self.config.positions.rotate(x, tables)
+            tables = self.kind.tables(positions, self.head_dim, self.dtype)
+        return self.kind.rotate(x, tables)
+
+
+def normed(params: Params, config: Config, part: str, x: Array) -> Array:
+    """What the sub-layer `part`, "attn" or "ffn", reads of the stream `x[B, S, M]`."""
+    return x if config.norm_order is NormOrder.POST else config.norm(params[f"{part}_norm"], x)
+
+
+def joined(params: Params, config: Config, part: str, x: Array, y: Array) -> Array:
+    """The stream `x[B, S, M]` after the sub-layer `part` gave `y[B, S, M]`."""
+    if config.norm_order is NormOrder.POST:
+        return config.norm(params[f"{part}_norm"], x + y)
+    if config.norm_order is NormOrder.SANDWICH:
+        y = config.norm(params[f"{part}_post_norm"], y)
+    return x + y
 
 
 def self_attention(
@@ -69,54 +88,66 @@ def self_attention(
     Args:
         params: the layer's parameters.
         config: the model.
-        x: `[B, S, M]`, the residual stream before the norm.
+        x: `[B, S, M]`, the residual stream before any norm.
         cache: open.
         layer: which.
-        rotation: for the call's positions.
+        rotation: the layer's, for the call's positions.
 
     Returns:
-        `[B, S, M]` to be added to the stream, and the cache with the layer extended.
+        `[B, S, M]` to be joined with the stream, and the cache with the layer extended.
     """
     h, k, d = config.query_heads, config.kv_heads, config.head_dim
     attn = params["attn"]
 
-    def project(x: Array) -> tuple[Array, Array, Array]:
-        b, s, _ = x.shape
-        qkv = linear(attn["qkv"], config.norm(params["attn_norm"], x))  # [B, S, (H + 2K) * D]
-        q, keys, values = jnp.split(qkv, [h * d, (h + k) * d], axis=-1)
-        q, keys, values = (y.reshape(b, s, -1, d) for y in (q, keys, values))
-        if config.qk_norm is not None:
-            q, keys = config.qk_norm(attn["q_norm"], q), config.qk_norm(attn["k_norm"], keys)
-        return q, keys, values
+    @jax.named_scope("projections")
+    def project(x: Array, weights: Params, sizes: tuple[int, ...]) -> list[Array]:
+        y = linear(weights, normed(params, config, "attn", x))  # [B, S, heads * D]
+        return [part.reshape(*x.shape[:2], -1, d) for part in jnp.split(y, [size * d for size in sizes], axis=-1)]
 
-    q, own_keys, own_values = project(x)
+    q, own_keys, own_values = project(x, attn["qkv"], (h, h + k))
+    if config.qk_norm is not None:
+        q, own_keys = config.qk_norm(attn["q_norm"], q), config.qk_norm(attn["k_norm"], own_keys)
 
     def kv(stream: Array, positions: Array | None) -> tuple[Array, Array]:
-        keys, values = (own_keys, own_values) if stream is x else project(stream)[1:]
+        keys, values = own_keys, own_values
+        if stream is not x:  # what was kept: its queries are not wanted again
+            weights = {name: w[..., h * d :] for name, w in attn["qkv"].items()}
+            keys, values = project(stream, weights, (k,))
+            if config.qk_norm is not None:
+                keys = config.qk_norm(attn["k_norm"], keys)
         return (keys if positions is None else rotation(keys, positions)), values
 
+    @jax.named_scope("projections")
     def absorb(stream: Array) -> tuple[Absorb, Array | None]:
-        kernel, bias = config.norm.fold(params["attn_norm"], attn["qkv"]["kernel"][:, h * d :].astype(stream.dtype))
+        kernel, bias, factor = attn["qkv"]["kernel"][:, h * d :].astype(stream.dtype), None, None
+        if config.norm_order is not NormOrder.POST:  # else no norm stands before the projections
+            kernel, bias = config.norm.fold(params["attn_norm"], kernel)
+            factor = config.norm.factor(stream)
         maps = kernel.reshape(-1, 2, k, d)  # [M, keys and values, K, D]
         if "bias" in attn["qkv"]:
             own = attn["qkv"]["bias"][h * d :].astype(stream.dtype)
             bias = own if bias is None else bias + own
         key_bias, value_bias = (None, None) if bias is None else bias.reshape(2, k, d)
         absorbed = Absorb(maps[:, 0].transpose(1, 2, 0), maps[:, 1].transpose(1, 0, 2), key_bias, value_bias)
-        return absorbed, config.norm.factor(stream)
+        return absorbed, factor
 
-    # A rotation between the map and the score, or a norm of each key, is not linear in the layer's input.
-    linear_keys = rotation.tables is None and config.qk_norm is None
     out, cache = cache.attend(
         layer,
         q,
-        Project(kv, rotation, absorb if linear_keys else None),
+        Project(kv, rotation, absorb if absorbs(config, layer) else None),
         x,
         kv_heads=k,
         scale=config.scale,
         window=config.windows[layer],
+        softcap=config.attention_softcap,
     )
-    return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
+    with jax.named_scope("projections"):
+        return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
+
+
+def absorbs(config: Config, layer: int) -> bool:
+    """Whether keys are linear in the layer's input: no rotation between the map and the score, no norm of each key."""
+    return not config.turns[layer].rotates and config.qk_norm is None
 
 
 def layer_sites(layer: int) -> tuple[str, ...]:
@@ -127,15 +158,26 @@ def layer_sites(layer: int) -> tuple[str, ...]:
 def decoder_layer(
     params: Params, config: Config, x: Array, cache: OpenCache, layer: int, rotation: Rotation
 ) -> tuple[Array, OpenCache]:
-    """A pre-norm layer: x + attention, then x + feed-forward; `x[B, S, M]` to `[B, S, M]`."""
+    """Attention, then feed-forward, each joined with the stream as `norm_order` says; `x[B, S, M]` to `[B, S, M]`."""
     with jax.named_scope(f"layer_{layer}"):
         with jax.named_scope("attention"):
             y, cache = self_attention(params, config, x, cache, layer, rotation)
-            x = x + y
+            x = joined(params, config, "attn", x, y)
         cache = cache.record(layer, "after_self_attention", x)
         with jax.named_scope("ffn"):
-            x = x + feed_forward(params["ffn"], config, config.norm(params["ffn_norm"], x))
+            y = feed_forward(params["ffn"], config, normed(params, config, "ffn", x))
+            x = joined(params, config, "ffn", x, y)
         return x, cache.record(layer, "after_ffn", x)
 
 
-__all__ = ["linear", "feed_forward", "Rotation", "self_attention", "decoder_layer", "layer_sites"]
+__all__ = [
+    "linear",
+    "feed_forward",
+    "Rotation",
+    "normed",
+    "joined",
+    "self_attention",
+    "decoder_layer",
+    "absorbs",
+    "layer_sites",
+]

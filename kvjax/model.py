@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ from kvjax.caches.shared_prefix import after, room_after
 from kvjax.checks import is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import InputError
-from kvjax.layers import Rotation, decoder_layer, layer_sites
+from kvjax.layers import Rotation, absorbs, decoder_layer, layer_sites
+from kvjax.ops.activations import softcapped
 from kvjax.ops.attention import EMPTY, Absorb, View
 from kvjax.types import Array, Params
 
@@ -37,25 +38,39 @@ def apply_decoder(
         valid: `[B]` int32, how many of a row's tokens are real.
 
     Returns:
-        Features `[B, S, M]` after the final norm, for `decoder_head`, and the cache.
+        Features `[B, S, M]` for `decoder_head`, after the final norm where there is one, and the cache.
     """
     positions = cache.positions
     with jax.named_scope("embedding"):
-        x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")  # [B, S, M]; bad ids are flagged
-        x = config.positions.embed(params.get("positions", {}), x, positions)
+        x = embed(params, config, tokens, positions)
     cache = cache.record(0, "embedding", x)
-    rotation = Rotation.at(config, positions, x.dtype)
+    rotations = Rotation.of_layers(config, positions, x.dtype)
     for layer in range(config.num_layers):
-        x, cache = decoder_layer(params["layers"][str(layer)], config, x, cache, layer, rotation)
-    return config.norm(params["final_norm"], x), cache
+        x, cache = decoder_layer(params["layers"][str(layer)], config, x, cache, layer, rotations[layer])
+    return final_norm(params, config, x), cache
 
 
+def embed(params: Params, config: Config, tokens: Array, positions: Array) -> Array:
+    """Tokens `[B, S]` at `positions[B, S]` to the stream `[B, S, M]`; bad ids read some row, and are flagged."""
+    x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")
+    x = x * jnp.asarray(config.embed_scale, x.dtype)
+    return config.positions.embed(params.get("positions", {}), x, positions)
+
+
+def final_norm(params: Params, config: Config, x: Array) -> Array:
+    """The stream `[B, S, M]` as the head reads it: normed where the parameters have a final norm."""
+    return config.norm(params["final_norm"], x) if "final_norm" in params else x
+
+
+@jax.named_scope("head")
 def decoder_head(params: Params, config: Config, x: Array) -> Array:
     """Features `[B, S, M]` to logits `[B, S, V]`, at least float32."""
     precise = jnp.promote_types(jnp.float32, x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     kernel, axis = (params["embed"]["table"], 1) if config.tied else (params["head"]["kernel"], 0)
     y = lax.dot_general(flat, kernel.astype(x.dtype), (((1,), (axis,)), ((), ())), preferred_element_type=precise)
+    if config.logit_softcap is not None:
+        y = softcapped(y, config.logit_softcap)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -91,9 +106,10 @@ class Model(struct.Value):
     def layer_shapes(self) -> tuple[LayerShape, ...]:
         """What kinds must know of each layer; found by tracing `apply` once, without computing."""
         if isinstance(self.config, Config):
-            c, dtype = self.config, self.params["embed"]["table"].dtype
-            return tuple(
-                LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, window, c.width, i, c.num_layers, layer_sites(i))
+            c, dtype, sites = self.config, self.params["embed"]["table"].dtype, layer_sites
+            shape = LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, width=c.width, stream=c.width, chained=True)
+            return _numbered(
+                dataclasses.replace(shape, window=window, sites=sites(i), absorbs=absorbs(c, i))
                 for i, window in enumerate(c.windows)
             )
         found = _Found()
@@ -107,11 +123,14 @@ class Model(struct.Value):
         jax.eval_shape(run, self.params, row, tokens)
         if sorted(found.shapes) != list(range(len(found.shapes))) or not found.shapes:
             raise InputError(f"Model.apply attends at layers {sorted(found.shapes)}; they must count from 0 upwards")
-        count = len(found.shapes)
-        return tuple(
-            dataclasses.replace(found.shapes[i], index=i, count=count, sites=tuple(found.nodes[i].sites))
-            for i in range(count)
-        )
+        return _numbered(found.nodes[i].shape() for i in range(len(found.shapes)))
+
+
+def _numbered(shapes: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
+    """Layers that know which they are, and what the others show."""
+    shapes = tuple(shapes)
+    known = tuple(dict.fromkeys(site for shape in shapes for site in shape.sites))
+    return tuple(dataclasses.replace(x, index=i, count=len(shapes), all_sites=known) for i, x in enumerate(shapes))
 
 
 def decoder(config: Config, params: Params) -> Model:
@@ -210,13 +229,14 @@ def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int,
     shapes = model.layer_shapes()
     if plan is None:
         plan = tuple(plans.for_window(shape.window) for shape in shapes)
+    kinds = plans.kinds_of(plan, shapes)
     if prefix is not None:
         prefix, capacity = room_after(prefix, len(shapes), capacity)
-    layers = plans.init_layers(plan, shapes, batch, capacity)
+    layers = plans.init_layers(kinds, shapes, batch, capacity)
     # Three arrays, not one three times: a buffer cannot be donated twice.
     lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
-    shared = plans.init_shared(plan, shapes, batch, capacity)
-    cache = Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags)
+    shared = plans.init_shared(kinds, shapes, batch, capacity)
+    cache = Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags, kinds)
     return cache if prefix is None else after(prefix, cache)
 
 
@@ -237,6 +257,7 @@ def attend(
     absorb: Callable[[Any], tuple[Absorb, Array | None]] | None = None,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Array, OpenCache]:
     """The door for a model of one's own: takes in the new keys and values, masks, reads; for any kind of cache.
 
@@ -251,6 +272,7 @@ def attend(
         absorb: see `Project`.
         scale: factor on the scores, `D ** -0.5` if None.
         window: how many positions a query sees, its own included; None is all.
+        softcap: bound c on scaled scores, as tanh(s / c) · c (Gemma 2); None is none.
 
     Returns:
         `[B, S, H, D]`, D the width of the values, and the cache for the next layer.
@@ -278,7 +300,16 @@ def attend(
         raise InputError(f"attend: q has {q.shape[2:]}, k has {keys.shape[2:]}: heads must divide, widths be equal")
     if isinstance(cache.layers, _Found):
         cache.layers.window = window
-    return cache.attend(layer, q, Project(project, turn, absorb), h, kv_heads=keys.shape[2], scale=scale, window=window)
+    return cache.attend(
+        layer,
+        q,
+        Project(project, turn, absorb),
+        h,
+        kv_heads=keys.shape[2],
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
 
 
 def _unturned(x: Array, positions: Array) -> Array:
@@ -293,6 +324,7 @@ class _Found:
         self.shapes: dict[int, LayerShape] = {}
         self.nodes: dict[int, _FoundNode] = {}
         self.window: int | None = None
+        self.shown: tuple[int, str, Any] | None = None
 
     def __getitem__(self, layer: int) -> _FoundNode:
         return self.nodes.setdefault(layer, _FoundNode(self, layer))
@@ -301,17 +333,33 @@ class _Found:
 class _FoundNode(Node):
     def __init__(self, found: _Found, layer: int) -> None:
         self.found, self.layer = found, layer
-        self.sites: dict[str, None] = {}
+        self.sites: dict[str, int] = {}
+
+    def shape(self) -> LayerShape:
+        widths = set(self.sites.values())
+        if len(widths) > 1:
+            raise InputError(f"Model.apply shows layer {self.layer} at {self.sites}: all sites must have one width")
+        found = self.found.shapes[self.layer]
+        return dataclasses.replace(found, sites=tuple(self.sites), stream=max(widths, default=None))
 
     def record(self, site: str, x: Array, span: Span) -> Any:
-        self.sites[site] = None
+        self.sites[site] = x.shape[-1]
+        self.found.shown = self.layer, site, x
         return self
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         k, v = project.kv(h, span.positions)
-        width = None if h is None else h.shape[-1]
-        shape = LayerShape(k.shape[2], k.shape[3], v.shape[3], k.dtype, self.found.window, width)
-        self.found.shapes[self.layer] = shape
+        layer, site, x = self.found.shown or (0, "", None)
+        self.found.shapes[self.layer] = LayerShape(
+            k.shape[2],
+            k.shape[3],
+            v.shape[3],
+            k.dtype,
+            self.found.window,
+            width=None if h is None else h.shape[-1],
+            chained=h is not None and h is x and (layer, site) in ((0, "embedding"), (self.layer - 1, "after_ffn")),
+            absorbs=project.absorb is not None,
+        )
         at = jnp.full((1, k.shape[1]), EMPTY, jnp.int32)
         return (View(storage.pack(k), storage.pack(v), at),), self
 

@@ -3,13 +3,14 @@
 Parameters are a nested dict with stable names, so `flax.traverse_util`, `optax.masked` and the like work unchanged:
 
     embed/table [V, M]              positions/table [positions, M]      (learned positions only)
-    layers/I/attn_norm/scale [M]    layers/I/ffn_norm/scale [M]         (and bias, for layer norm)
+    layers/I/attn_norm/scale [M]    layers/I/ffn_norm/scale [M]         (and bias, for layer norm; or offset alone)
+    layers/I/attn_post_norm/...     layers/I/ffn_post_norm/...          (norm_order SANDWICH only)
     layers/I/attn/qkv/kernel [M, (H + 2K) * D]   queries, keys, values side by side, each heads x D
     layers/I/attn/out/kernel [H * D, M]
     layers/I/attn/q_norm/scale [D]  layers/I/attn/k_norm/scale [D]      (qk_norm only)
     layers/I/ffn/gate_up/kernel [M, 2F]          gate, then up; `up/kernel [M, F]` when not gated
     layers/I/ffn/down/kernel [F, M]
-    final_norm/scale [M]            head/kernel [M, V]                  (untied only)
+    final_norm/scale [M]            (but for norm_order POST)           head/kernel [M, V] (untied only)
 
 A linear map with a bias has `bias [out]` beside its kernel.
 """
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kvjax.config import Config
+from kvjax.config import Config, NormOrder
 from kvjax.types import Array, DType, Params
 
 
@@ -47,11 +48,14 @@ def declare(config: Config) -> dict[str, Any]:
         "ffn_norm": config.norm.shapes(m),
         "ffn": {first: linear(m, outputs, config.ffn_bias), "down": linear(config.ffn_width, m, config.ffn_bias)},
     }
+    if config.norm_order is NormOrder.SANDWICH:
+        layer |= {"attn_post_norm": config.norm.shapes(m), "ffn_post_norm": config.norm.shapes(m)}
     tree: dict[str, Any] = {
         "embed": {"table": (config.vocab_size, m)},
         "layers": {str(i): layer for i in range(config.num_layers)},
-        "final_norm": config.norm.shapes(m),
     }
+    if config.norm_order is not NormOrder.POST:
+        tree["final_norm"] = config.norm.shapes(m)
     if positions := config.positions.shapes(m):
         tree["positions"] = positions
     if not config.tied:
@@ -65,8 +69,8 @@ def abstract_params(config: Config, dtype: DType = jnp.float32) -> Params:
 
 
 def init_params(config: Config, key: Array, dtype: DType = jnp.float32) -> Params:
-    """Random parameters: scales one, biases zero, the rest normal with deviation 0.02 (GPT-2), maps back into the
-    residual stream divided by sqrt(2L).
+    """Random parameters: scales one, biases and offsets zero, the rest normal with deviation 0.02 (GPT-2), maps back
+    into the residual stream divided by sqrt(2L).
 
     Args:
         config: the model.
@@ -83,7 +87,7 @@ def init_params(config: Config, key: Array, dtype: DType = jnp.float32) -> Param
         names = [p.key for p in path]
         if names[-1] == "scale":
             return jnp.ones(shape, dtype)
-        if names[-1] == "bias":
+        if names[-1] in ("bias", "offset"):
             return jnp.zeros(shape, dtype)
         back = len(names) > 1 and names[-2] in ("out", "down")
         deviation = 0.02 / math.sqrt(2 * config.num_layers) if back else 0.02

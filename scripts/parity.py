@@ -47,7 +47,7 @@ def make(case: cases.Case) -> dict[str, np.ndarray]:
             state.pop("lm_head.weight")
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         with torch.no_grad():
-            for name, value in cases.weights(shapes, seed, case.gain).items():
+            for name, value in cases.weights(shapes, seed, case.gain, case.centre).items():
                 state[name].copy_(torch.from_numpy(value))
         model.eval()
 
@@ -77,6 +77,7 @@ def make(case: cases.Case) -> dict[str, np.ndarray]:
         "config": case.config,
         "saved_config": json.loads(config.to_json_string(use_diff=True)),
         "gain": case.gain,
+        "centre": case.centre,
         "shapes": shapes,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
     }
@@ -135,7 +136,7 @@ def write_folder(folder: Path, meta: dict[str, Any], seed: int) -> None:
 
     shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(cases.weights(shapes, seed, meta["gain"]), folder / "model.safetensors")
+    save_file(cases.weights(shapes, seed, meta["gain"], meta.get("centre", 1.0)), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(meta["config"]))
 
 

@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
-from models import FULL, MIXED, WINDOW, WINDOWED, tiny
+from models import FULL, GEMMA, LEARNED, MIXED, POST, WINDOW, WINDOWED
 
-from kvjax import caches
+from kvjax import caches, codecs, testing
 from kvjax.caches import plans
-from kvjax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """A plan, a model that it is exact on, and the reference that it must equal.
+class Case(testing.Case):
+    """A case of the contract suite; `full` ones run in the full suite only."""
 
-    Args:
-        name: for people.
-        plan: under test.
-        config: of the model.
-        reference: computes the same from scratch.
-        keeps: whether there are keys and values to look at.
-        slack: tokens that a row can be rewound; None is any number.
-        full: runs in the full suite only.
-    """
-
-    name: str
-    plan: Any
-    config: Config = MIXED
-    reference: Any = caches.recompute()
-    keeps: bool = True
-    slack: int | None = None
-    full: bool = False
-
-    @property
-    def model(self):
-        return tiny(self.config)
+    full: bool = dataclasses.field(default=False, kw_only=True)
 
 
 W = WINDOW
 SINKS = {"window": W, "sinks": 2}
+CODES = {"exact": False, "refuses": ("grad",)}
 TABLE = {
     caches.dense: (
         Case("dense", caches.dense()),
         Case("dense everywhere full", caches.dense(), FULL, full=True),
+        Case("post norm", caches.dense(), POST, full=True),
     ),
     caches.ring: (
         Case("ring", (caches.ring(W, slack=4), caches.dense()), slack=4),
@@ -60,10 +40,19 @@ TABLE = {
         Case("ring wider than the window", caches.ring(W + 3, slack=1), WINDOWED, slack=1, full=True),
         Case("sinks everywhere", caches.ring(slack=1, **SINKS), FULL, caches.recompute(**SINKS), slack=1, full=True),
         Case("per layer", caches.per_layer(local=caches.ring(W, slack=4), full=caches.dense()), slack=4, full=True),
+        Case(
+            "sinks in cache",
+            caches.ring(slack=2, sinks_in_cache=True, **SINKS),
+            FULL,
+            caches.recompute(sinks_in_cache=True, **SINKS),
+            slack=2,
+            full=True,
+        ),
         Case("default plan", caches.default(MIXED), slack=plans.SLACK, full=True),
+        Case("gemma", caches.default(GEMMA), GEMMA, slack=plans.SLACK, full=True),
     ),
     caches.paged: (
-        Case("paged", caches.paged(8)),
+        Case("paged", caches.paged(8), scarce=caches.paged(8, pages=4)),
         Case("paged and shared", caches.paged(8, share=2)),
         Case("pages of a pool", caches.paged(5, pages=60), full=True),
         Case("paged everywhere windowed", caches.paged(16, share=3), WINDOWED, full=True),
@@ -82,14 +71,43 @@ TABLE = {
         Case("recompute", caches.recompute(), keeps=False),
         Case("recompute beside dense", (caches.dense(), caches.recompute()), keeps=False, full=True),
     ),
+    caches.layer_input: (
+        Case("layer input", caches.layer_input()),
+        Case("layer input absorbed", caches.layer_input(absorb=True), LEARNED, full=True),
+    ),
+    caches.traced: (
+        Case("traced", (caches.traced(caches.ring(W, slack=4)), caches.traced(caches.dense())), slack=4, full=True),
+    ),
+    caches.output: (Case("output", caches.output(), full=True),),
+    caches.hybrid: (Case("hybrid", caches.hybrid(), full=True),),
+    codecs.int8: (
+        Case("int8", caches.dense(store=codecs.int8()), **CODES),
+        Case(
+            "ring of int8", (caches.ring(W, slack=4, store=codecs.int8()),) * 2, WINDOWED, slack=4, full=True, **CODES
+        ),
+        Case("pages of int8", caches.paged(8, share=2, store=codecs.int8()), full=True, **CODES),
+    ),
+    codecs.fp8: (Case("fp8", caches.dense(store=codecs.fp8()), full=True, exact=False),),
+    codecs.int4: (Case("int4", caches.dense(store=codecs.int4()), full=True, **CODES),),
+    codecs.int4_channels: (
+        Case(
+            "int4 by channel",
+            caches.dense(store=codecs.int4_channels(group=4, residual=4, slack=4)),
+            slack=4,
+            full=True,
+            **CODES,
+        ),
+    ),
+    codecs.plain: (Case("bfloat16", caches.dense(store=codecs.plain("bfloat16")), exact=False, full=True),),
 }
 
 
 def cases() -> list[Case]:
     """All cases of every kind."""
-    missing = [kind.__name__ for kind in caches.KINDS if kind not in TABLE]
+    every = (*caches.KINDS, *codecs.CODECS)
+    missing = [kind.__name__ for kind in every if kind not in TABLE]
     assert not missing, f"tests/kinds.py has no case for {missing}"
-    return [case for kind in caches.KINDS for case in TABLE[kind]]
+    return [case for kind in every for case in TABLE[kind]]
 
 
 def each(only=lambda case: True):
@@ -108,7 +126,9 @@ def first_of_each(default=None):
     cases()
     params = [
         pytest.param(
-            TABLE[kind][0], id=kind.__name__, marks=() if default is None or kind in default else pytest.mark.full
+            TABLE[kind][0],
+            id=kind.__name__,
+            marks=pytest.mark.full if TABLE[kind][0].full or (default and kind not in default) else (),
         )
         for kind in caches.KINDS
     ]

@@ -258,12 +258,13 @@ def test_info_tells_family_shapes_and_the_bytes_of_every_kind(command, folder):
     code, out, err = command("info", folder)
     assert (code, err) == (0, "") and f"{about['parameters']:,}" in out
     assert max(map(len, out.splitlines())) <= 80
+    assert "layer_input(): layer inputs 256 bytes a token, as large as keys and values" in " ".join(out.split())
     halved = json.loads(command("info", folder, "--json", "--dtype", "bfloat16")[1])
     assert halved["bytes"] * 2 == about["bytes"]
 
 
 def test_help_has_examples_and_version_names_what_runs(command):
-    for argv in (["--help"], ["generate", "--help"], ["info", "--help"]):
+    for argv in (["--help"], ["generate", "--help"], ["info", "--help"], ["compare", "--help"]):
         code, out, err = command(*argv)
         assert (code, err) == (0, "") and "examples:\n  kvjax " in out
     code, out, _ = command("--version")

@@ -84,6 +84,7 @@ def test_a_rope_scaling_that_is_not_computed_is_refused_by_name(kind):
         ("llama_linear", {"rope_scaling": "linear"}, "must be an object"),
         ("llama_linear", {"rope_scaling": {"type": "linear", "factor": 2.0, "wavelength": 3}}, "wavelength"),
         ("llama_linear", {"rope_theta": 1.0}, "rope_theta"),
+        ("llama_linear", {"rope_scaling": {"type": "linear", "factor": 1e308}}, "int32"),
         (
             "llama_llama3",
             {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
@@ -112,7 +113,24 @@ def test_a_rope_scaling_that_is_not_computed_is_refused_by_name(kind):
         ("qwen2_windows", {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}, "sliding"),
         ("qwen2_windows", {"max_window_layers": -1}, "max_window_layers"),
         ("mistral_window", {"sliding_window": 0}, "sliding_window"),
-        ("mistral_window", {"model_type": "mamba"}, "gpt2, llama, mistral, qwen2, qwen3"),
+        ("mistral_window", {"model_type": "mamba"}, "gemma2, gemma3_text, gpt2, llama, mistral, qwen2, qwen3"),
+        ("gemma2", {"model_type": "gemma3"}, "gemma3_text"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"sliding_window": None}, "sliding_window"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping"),
+        ("gemma2", {"final_logit_softcapping": "30"}, "final_logit_softcapping"),
+        ("gemma2", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
+        ("gemma2", {"hidden_activation": None}, "hidden_activation"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("gemma2", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+        ("gemma3_old_layout", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3_old_layout", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_old_layout", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ("gemma3_old_layout", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("gemma3_old_layout", {"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ("gemma3_old_layout", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters.rope_type"),
+        ("gemma3_new_layout", {"rope_parameters": {"sliding_attention": 3}}, "sliding_attention must be an object"),
+        ("gemma3_new_layout", {"rope_parameters": []}, "rope_parameters must be an object"),
         ("mistral_window", {"model_type": ["llama"]}, "model_type"),
     ],
 )
@@ -192,6 +210,40 @@ PUBLISHED = {
         attention_bias=false attention_dropout=0.0 tie_word_embeddings=true""",
         {},
     ),
+    "gemma-2-2b": (
+        2_614_341_888,
+        """model_type=gemma2 hidden_size=2304 intermediate_size=9216 num_hidden_layers=26 num_attention_heads=8
+        num_key_value_heads=4 head_dim=256 vocab_size=256000 max_position_embeddings=8192 rms_norm_eps=1e-06
+        rope_theta=10000.0 sliding_window=4096 attn_logit_softcapping=50.0 final_logit_softcapping=30.0
+        query_pre_attn_scalar=256 hidden_act=gelu_pytorch_tanh hidden_activation=gelu_pytorch_tanh
+        attention_bias=false attention_dropout=0.0 cache_implementation=hybrid use_cache=true pad_token_id=0""",
+        {},
+    ),
+    "gemma-2-27b": (
+        27_227_128_320,
+        """model_type=gemma2 hidden_size=4608 intermediate_size=36864 num_hidden_layers=46 num_attention_heads=32
+        num_key_value_heads=16 head_dim=128 vocab_size=256000 max_position_embeddings=8192 rms_norm_eps=1e-06
+        rope_theta=10000.0 sliding_window=4096 sliding_window_size=4096 attn_logit_softcapping=50.0
+        final_logit_softcapping=30.0 query_pre_attn_scalar=144 hidden_activation=gelu_pytorch_tanh""",
+        {},
+    ),
+    "gemma-3-1b": (
+        999_885_952,
+        """model_type=gemma3_text hidden_size=1152 intermediate_size=6912 num_hidden_layers=26 num_attention_heads=4
+        num_key_value_heads=1 head_dim=256 vocab_size=262144 max_position_embeddings=32768 rms_norm_eps=1e-06
+        rope_theta=1000000 rope_local_base_freq=10000 rope_scaling=null sliding_window=512 sliding_window_pattern=6
+        attn_logit_softcapping=null final_logit_softcapping=null query_pre_attn_scalar=256
+        hidden_activation=gelu_pytorch_tanh attention_bias=false cache_implementation=hybrid""",
+        {},
+    ),
+    "gemma-3-270m": (
+        268_098_176,
+        """model_type=gemma3_text hidden_size=640 intermediate_size=2048 num_hidden_layers=18 num_attention_heads=4
+        num_key_value_heads=1 head_dim=256 vocab_size=262144 max_position_embeddings=32768 rms_norm_eps=1e-06
+        rope_theta=1000000.0 rope_local_base_freq=10000.0 rope_scaling=null sliding_window=512
+        _sliding_window_pattern=6 use_bidirectional_attention=false query_pre_attn_scalar=256""",
+        {"layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3},
+    ),
 }
 
 
@@ -214,6 +266,10 @@ def test_windows_follow_the_layer_they_are_said_of():
     assert config_of("qwen2_windows", max_window_layers=28).windows == (None, None, None)
     assert config_of("qwen2_windows", use_sliding_window=False).windows == (None, None, None)
     assert config_of("qwen3_tied_windows").windows == (9, None, 9)
+    assert config_of("gemma2").windows == (7, None, 7)
+    assert config_of("gemma3_old_layout").windows == (7, 7, None, 7)
+    assert config_of("gemma3_old_layout", sliding_window_pattern=..., num_hidden_layers=7).windows[5:] == (None, 7)
+    assert config_of("gemma3_new_layout").windows == (7, None, 7)
 
 
 def test_rope_reads_alike_in_its_old_and_its_new_layout():
@@ -224,6 +280,21 @@ def test_rope_reads_alike_in_its_old_and_its_new_layout():
     assert old == new
     assert old.positions == Rope(300.0, LinearScaling(2.0))
     assert config_of("llama_linear", rope_scaling=None).positions == Rope(10_000.0)
+
+
+def test_gemma3_reads_both_rotations_in_its_old_and_its_new_layout():
+    local, far = Rope(100.0), Rope(50000.0, LinearScaling(8.0))
+    old = config_of("gemma3_old_layout")
+    assert old.positions == far
+    assert old.layer_positions == (local, local, far, local)
+    assert old.max_positions == 256  # the length after scaling
+    layers = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    gone = dict.fromkeys(("rope_theta", "rope_local_base_freq", "rope_scaling"), ...)
+    assert config_of("gemma3_old_layout", **gone, rope_parameters=layers) == old
+    assert config_of("gemma3_old_layout", **gone, rope_parameters={}).turns[1:3] == (Rope(10_000.0), Rope(1_000_000.0))
 
 
 def test_scaling_extends_the_positions_that_a_model_was_made_for():

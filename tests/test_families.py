@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import caches
+from kvjax import caches, cli
+from kvjax.config import NormOrder
 from kvjax.lm import load
 from kvjax.ops.positions import Rope
 
@@ -63,7 +64,7 @@ def greedy(model, prompts, steps, plan=None):
     return np.asarray(kvjax.decode(model, cache, logits, steps=steps)[0])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mistral_window", "qwen3_tied_windows"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral_window", "qwen3_tied_windows", "gemma3_old_layout"])
 def test_sixty_four_greedy_steps_through_the_default_cache_equal_the_reference(name, tmp_path):
     model, arrays = model_of(name, 0, tmp_path)
     random, _ = cases.tokens(0)
@@ -117,6 +118,15 @@ WEIGHTS = [
 ]
 
 
+def test_info_says_what_sets_gemma_apart(tmp_path, capsys):
+    parity.write_folder(tmp_path, golden("gemma2")[0], 0)
+    assert cli.main(["info", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "7 in 2 of 3 layers" in shown
+    assert "x + norm(f(norm(x)))" in shown
+    assert "3 on scores, 12 on logits" in shown
+
+
 # Negative controls: details that are easy to get wrong; each must fail the check that the right one passes.
 def other_theta(model):
     return changed(
@@ -162,6 +172,41 @@ def other_eps(model):
     return changed(model, norm=dataclasses.replace(model.config.norm, eps=model.config.norm.eps * 10))
 
 
+def no_attention_softcap(model):
+    return changed(model, attention_softcap=None)
+
+
+def no_logit_softcap(model):
+    return changed(model, logit_softcap=None)
+
+
+def unscaled_embedding(model):
+    return changed(model, embed_scale=1.0)
+
+
+def scale_of_the_head_width(model):
+    return changed(model, scale=None)
+
+
+def local_rotation_everywhere(model):
+    return changed(model, layer_positions=(model.config.layer_positions[0],) * model.config.num_layers)
+
+
+def global_rotation_everywhere(model):
+    return changed(model, layer_positions=())
+
+
+def norms_before_alone(model):
+    return changed(model, norm_order=NormOrder.PRE)
+
+
+def post_norms_swapped(model):
+    def swap(layer):
+        layer["attn_post_norm"], layer["ffn_norm"] = layer["ffn_norm"], layer["attn_post_norm"]
+
+    return params_changed(model, swap)
+
+
 def changed(model, **fields):
     return kvjax.decoder(dataclasses.replace(model.config, **fields), model.params)
 
@@ -205,6 +250,19 @@ def no_bias(model):
         ("qwen2_windows", window_on_the_wrong_layers),
         ("qwen3_bias_linear", no_head_norm),
         ("gpt2", exact_gelu),
+        ("gemma2", no_attention_softcap),
+        pytest.param("gemma2", no_logit_softcap, marks=pytest.mark.full),
+        pytest.param("gemma2", unscaled_embedding, marks=pytest.mark.full),
+        pytest.param("gemma2", scale_of_the_head_width, marks=pytest.mark.full),
+        pytest.param("gemma2", window_one_wider, marks=pytest.mark.full),
+        pytest.param("gemma2", exact_gelu, marks=pytest.mark.full),
+        pytest.param("gemma2", norms_before_alone, marks=pytest.mark.full),
+        ("gemma2", post_norms_swapped),
+        pytest.param("gemma2_types_bias", window_on_the_wrong_layers, marks=pytest.mark.full),
+        pytest.param("gemma3_old_layout", local_rotation_everywhere, marks=pytest.mark.full),
+        ("gemma3_old_layout", global_rotation_everywhere),
+        pytest.param("gemma3_old_layout", window_on_the_wrong_layers, marks=pytest.mark.full),
+        pytest.param("gemma3_new_layout", no_head_norm, marks=pytest.mark.full),
     ],
 )
 def test_the_parity_check_fails_for_a_model_with_one_wrong_detail(name, mutant, tmp_path):

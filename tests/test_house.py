@@ -28,11 +28,12 @@ ROOMS = (
     ("model",),
     ("sampling",),
     ("checkpoint", "text"),
-    ("lm",),
+    ("lm", "persist"),
     ("loops",),
     ("donating",),
+    ("strategies",),
     ("",),  # kvjax/__init__.py: the public names
-    ("train",),
+    ("train", "testing"),
     ("cli",),
     ("__main__",),
 )

@@ -74,7 +74,7 @@ def poison(cache, used=False):
     past = jnp.arange(cache.capacity)[None, :] >= cache.lengths[:, None]
     layers = []
     for layer, node in enumerate(cache.layers):
-        if node.replays:
+        if node.replays or not hasattr(node, "k"):
             layers.append(node)
             continue
         at = cache.positions(layer)

@@ -49,6 +49,8 @@ PLANS = {
     "paged": lambda capacity: caches.paged(128),
     "paged and shared": lambda capacity: caches.paged(128, share=2),  # scores grow with the rows a page
     "shared prefix": lambda capacity: caches.shared_prefix(),
+    "sinks in cache": lambda capacity: caches.ring(capacity - 20, slack=16, sinks=4, sinks_in_cache=True),
+    "hybrid": lambda capacity: caches.hybrid(),
 }
 """Kinds that keep something, at a size where a copy shows; a new one is a line here."""
 DEFAULT = {("dense", 8, 2, "scan"), ("dense", 1, 1, "step"), ("ring", 8, 2, "step"), ("paged and shared", 8, 2, "scan")}

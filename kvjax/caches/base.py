@@ -54,6 +54,7 @@ class Cache(struct.Value):
         lengths: `[B]` int32, tokens of each row; rows advance on their own.
         written: `[B]` int32, one past the furthest position ever written; a ring's slack counts from it.
         flags: `[B]` int32, bits of what went wrong under `jit`; `check` turns them into an error.
+        plan: the kind of each layer, which made its node; a saved cache is rebuilt from it.
     """
 
     layers: tuple[Any, ...]
@@ -62,6 +63,7 @@ class Cache(struct.Value):
     lengths: Array
     written: Array
     flags: Array
+    plan: tuple[Kind, ...] = struct.static(default=())
 
     @property
     def capacity(self) -> int:
@@ -100,6 +102,32 @@ class Cache(struct.Value):
     def positions(self, layer: int) -> Array:
         """`[B, T]` int32, the position in the text of each of the layer's slots; int32.max where there is none."""
         return self.layers[layer].contents(self.lengths, self.shared)[2]
+
+    def trace(self, layer: int, site: str) -> Array:
+        """`[B, T, M]`, the residual stream that a layer showed at a site, zeros past a row's length; a copy.
+
+        Raises:
+            CacheError: it was not recorded.
+        """
+        store = self.recorded(layer, site)
+        if store is None:
+            how = "caches.layer_input()" if site == "input" else f"caches.traced(kind, sites=({site!r},))"
+            raise CacheError(f"trace: layer {layer} of {len(self.layers)} keeps no {site!r}; make the cache with {how}")
+        live = jnp.arange(self.capacity, dtype=jnp.int32)[None, :] < self.lengths[:, None]
+        return jnp.where(live[:, :, None], store.unpacked(self.lengths)[:, 0], 0)
+
+    def recorded(self, layer: int, site: str) -> Any:
+        """The store of what a layer showed at a site, wherever it is kept, or None: the output of one layer is the
+        input of the next."""
+        nodes = self.layers
+        if not 0 <= layer < len(nodes):
+            return None
+        store = nodes[layer].recorded(site)
+        if store is None and (layer, site) == (0, "embedding"):
+            return nodes[0].recorded("below")
+        if store is None and site == "after_ffn" and layer + 1 < len(nodes):
+            return nodes[layer + 1].recorded("below")
+        return store
 
     def resize(self, capacity: int) -> Cache:
         """The same with room for `capacity` tokens a row; clears the flag of a full cache.
@@ -154,7 +182,7 @@ class Cache(struct.Value):
             if 0 <= want <= have:
                 raise CacheError(
                     f"rewind: row {row} to length {want} is {far - want} behind the furthest token written ({far}), "
-                    f"and this plan keeps {self.max_rewind}; give the ring more slack"
+                    f"and this plan keeps {self.max_rewind}; give it more slack"
                 )
             raise CacheError(f"rewind: row {row} to length {want}, but the row has {have} tokens")
         target = jnp.clip(target, 0, self.lengths)
@@ -227,13 +255,13 @@ class Cache(struct.Value):
         after = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
         both = after(self.flags, other.flags)
         shared, flags = ask(self.shared, lambda entry, more: entry.join(more), both, other.shared)
-        return Cache(
-            tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
-            shared,
-            after(self.tokens, other.tokens),
-            after(self.lengths, other.lengths),
-            after(self.written, other.written),
-            flags,
+        return self.replace(
+            layers=tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
+            shared=shared,
+            tokens=after(self.tokens, other.tokens),
+            lengths=after(self.lengths, other.lengths),
+            written=after(self.written, other.written),
+            flags=flags,
         )
 
     def fork(self, copies: int) -> Cache:

@@ -21,7 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import struct
+from kvjax.caches import words
 from kvjax.caches.codecs import Segment, Store
+from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY, Absorb, View
 from kvjax.types import Array
 
@@ -38,6 +40,10 @@ class LayerShape:
         width: M, of the layer's input; None where the model does not show it.
         index, count: which layer it is, and of how many.
         sites: names under which the layer shows its stream (`OpenCache.record`).
+        all_sites: those of all layers.
+        stream: M, of what it shows there.
+        chained: whether the layer's input is what was shown last: `after_ffn` of the layer below, or `embedding`.
+        absorbs: whether keys and values are linear in the layer's input (`Project.absorb`).
     """
 
     kv_heads: int
@@ -49,6 +55,10 @@ class LayerShape:
     index: int = 0
     count: int = 1
     sites: tuple[str, ...] = ()
+    all_sites: tuple[str, ...] = ()
+    stream: int | None = None
+    chained: bool = False
+    absorbs: bool = False
 
 
 @struct.node
@@ -204,8 +214,12 @@ class Node(struct.Value):
     replays = False
     """Whether the layer keeps nothing, so that every call must feed the whole text again."""
 
-    max_rewind: int | None = None
-    """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
+    @property
+    def max_rewind(self) -> int | None:
+        """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
+        parts = jax.tree.leaves(self, is_leaf=self._is_part)
+        limits = [part.max_rewind for part in parts if self._is_part(part) and part.max_rewind is not None]
+        return min(limits, default=None)
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         """Takes in the new tokens; hands back the views to attend over and the node that has them.
@@ -227,7 +241,8 @@ class Node(struct.Value):
         return self
 
     def recorded(self, site: str) -> Any:
-        """The store `[B, 1 head, T, M]` of what was recorded at a site, or None; `"input"` is the layer's input."""
+        """The store `[B, 1 head, T, M]` of what was recorded at a site, or None. `"input"` is the layer's input, and
+        `"below"` too where it is what was shown last (`LayerShape.chained`)."""
         return None
 
     # In what follows `shared` is as it will be in the same container as the result, `before` as it was.
@@ -265,7 +280,10 @@ class Node(struct.Value):
         def one(part: Any, *rest: Any) -> Any:
             return on_node(part, *rest) if isinstance(part, Node) else on_store(part, *rest)
 
-        return jax.tree.map(one, self, *others, is_leaf=lambda x: x is not self and isinstance(x, Store | Node))
+        return jax.tree.map(one, self, *others, is_leaf=self._is_part)
+
+    def _is_part(self, x: Any) -> bool:
+        return x is not self and isinstance(x, Store | Node)
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """Keys and values `[B, K, T, D]`, decoded, and the position `[B, T]` of every slot; a copy, for looking."""
@@ -273,7 +291,16 @@ class Node(struct.Value):
 
 
 class Kind:
-    """A word of a plan: hashable, makes a layer's node."""
+    """A word of a plan: hashable, makes a layer's node.
+
+    `str` of a kind is the call that makes it, which `caches.parse` reads; a kind of one's own has its `repr`.
+    """
+
+    def __str__(self) -> str:
+        try:
+            return words.text_of(self, words.known())
+        except InputError:
+            return repr(self)
 
     def of(self, shape: LayerShape) -> Kind:
         """The kind that this word means for a layer: itself, but for a word that chooses among others."""
@@ -282,6 +309,10 @@ class Kind:
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Any:
         """An empty node for `batch` rows and `capacity` tokens."""
         raise NotImplementedError
+
+    def remark(self, shapes: tuple[LayerShape, ...]) -> str:
+        """What one should know before choosing it for layers of these shapes; `kvjax info` prints it."""
+        return ""
 
     def shared(self, batch: int, capacity: int) -> dict[str, Any]:
         """Entries of `Cache.shared` that its nodes look for; kinds that name the same one share it."""
@@ -302,7 +333,21 @@ def filled_positions(capacity: int, end: Array) -> Array:
 def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: Any) -> tuple[View, ...]:
     """One view for each pair of segments that two stores of one codec gave; `static` are further fields of `View`."""
     pairs = zip(keys, values, strict=True)
-    return tuple(View(k.data, v.data, k.positions, k.scale, v.scale, **static) for k, v in pairs)
+    return tuple(
+        View(
+            k.data,
+            v.data,
+            k.positions,
+            k.scale,
+            v.scale,
+            k_zero=k.zero,
+            v_zero=v.zero,
+            k_decode=k.decode,
+            v_decode=v.decode,
+            **static,
+        )
+        for k, v in pairs
+    )
 
 
 __all__ = [

@@ -47,7 +47,7 @@ class Dense(Node):
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`."""
-        return self.k.unpacked(), self.v.unpacked(), filled_positions(self.capacity, lengths)
+        return self.k.unpacked(lengths), self.v.unpacked(lengths), filled_positions(self.capacity, lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,8 @@ class DenseKind(Kind):
 
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Dense:
         """See `Kind`."""
-        k = self.store.empty(batch, shape.kv_heads, capacity, shape.key_dim, shape.dtype)
-        v = self.store.empty(batch, shape.kv_heads, capacity, shape.value_dim, shape.dtype)
+        widths = (shape.key_dim, shape.value_dim)
+        k, v = self.store.pair(batch, shape.kv_heads, capacity, widths, shape.dtype)
         return Dense(k, v, capacity, self.rotated)
 
 

@@ -48,13 +48,21 @@ class OpenCache(struct.Value):
         kv_heads: int,
         scale: float | None = None,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> tuple[Array, OpenCache]:
         """Extends one layer's node and attends. `kvjax.attend` is the door for models of one's own."""
         project = dataclasses.replace(project, kv=functools.partial(_finite_values, project.kv))
         views, node = self.layers[layer].extend(h, project, self.span, self.shared)
         views = tuple(self.span.tree_view(view) for view in views)
         out = attention(
-            q, self.span.positions, views, kv_heads=kv_heads, scale=scale, window=window, rotate=project.rotate
+            q,
+            self.span.positions,
+            views,
+            kv_heads=kv_heads,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            rotate=project.rotate,
         )
         return out, self._with(layer, node)
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from kvjax.caches.base import Kind, LayerShape
 from kvjax.caches.dense import dense
-from kvjax.caches.paged import paged
-from kvjax.caches.recompute import recompute
 from kvjax.caches.ring import ring
-from kvjax.caches.shared_prefix import shared_prefix
 from kvjax.config import Config
 from kvjax.errors import InputError
 
@@ -63,7 +58,7 @@ def init_layers(plan: Any, shapes: tuple[LayerShape, ...], batch: int, capacity:
     Raises:
         InputError: `plan` is no kind, or a tuple of another length than the layers.
     """
-    kinds = _kinds(plan, shapes)
+    kinds = kinds_of(plan, shapes)
     return tuple(kind.init(shape, batch, capacity) for kind, shape in zip(kinds, shapes, strict=True))
 
 
@@ -74,7 +69,7 @@ def init_shared(plan: Any, shapes: tuple[LayerShape, ...], batch: int, capacity:
         InputError: two kinds ask for different entries under one name.
     """
     made: dict[str, Any] = {}
-    for kind in dict.fromkeys(_kinds(plan, shapes)):
+    for kind in dict.fromkeys(kinds_of(plan, shapes)):
         for name, entry in kind.shared(batch, capacity).items():
             if _outline(made.setdefault(name, entry)) != _outline(entry):
                 raise InputError(f"plan: two kinds ask for different shared {name!r}; give them the same sizes")
@@ -86,7 +81,12 @@ def _outline(entry: Any) -> Any:
     return structure, [(x.shape, x.dtype) for x in leaves]
 
 
-def _kinds(plan: Any, shapes: tuple[LayerShape, ...]) -> tuple[Any, ...]:
+def kinds_of(plan: Any, shapes: tuple[LayerShape, ...]) -> tuple[Kind, ...]:
+    """The kind that a plan gives to each layer.
+
+    Raises:
+        InputError: `plan` is no kind, or a tuple of another length than the layers.
+    """
     kinds = tuple(plan) if isinstance(plan, tuple | list) else (plan,) * len(shapes)
     if len(kinds) != len(shapes):
         raise InputError(f"plan: {len(kinds)} kinds for {len(shapes)} layers")
@@ -99,42 +99,4 @@ def _checked(kind: Any) -> Kind:
     return kind
 
 
-def parse(text: str, kinds: tuple[Any, ...] = (dense, ring, paged, shared_prefix, recompute)) -> Any:
-    """Reads a kind as it stands in Python, `ring(1024, sinks=4)`; parsed, never evaluated.
-
-    Args:
-        text: a kind's name, with or without arguments: whole numbers, or a dtype's name for `store`.
-        kinds: the functions that may be named.
-
-    Raises:
-        InputError: another name, or an argument that is no number and no dtype.
-    """
-    names = {kind.__name__: kind for kind in kinds}
-    if len(text) > 200:  # Python's own parser gives up on deep nesting with errors of its own
-        raise InputError(f"cache {text[:40]!r}… has {len(text)} characters; write for example ring(1024, sinks=4)")
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"cache {text!r} does not read as Python; write for example ring(1024, sinks=4)") from error
-    call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-    if not isinstance(call.func, ast.Name) or call.func.id not in names:
-        raise InputError(f"cache {text!r} names no kind; there are {', '.join(names)}")
-    arguments = [_value(text, node) for node in call.args]
-    options = {str(item.arg): _value(text, item.value) for item in call.keywords}
-    if len(options) < len(call.keywords):
-        raise InputError(f"cache {text!r} gives an argument twice")
-    try:
-        return names[call.func.id](*arguments, **options)
-    except TypeError as error:
-        raise InputError(f"cache {text!r}: {error}") from error
-
-
-def _value(text: str, node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.Name) and node.id in ("float32", "float16", "bfloat16", "float64"):
-        return jnp.dtype(node.id)
-    raise InputError(f"cache {text!r}: {ast.unparse(node)} is neither a whole number nor a dtype such as bfloat16")
-
-
-__all__ = ["default", "for_window", "per_layer", "init_layers", "init_shared", "parse", "SLACK"]
+__all__ = ["default", "for_window", "per_layer", "init_layers", "init_shared", "kinds_of", "SLACK"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kvjax import struct
 from kvjax.caches import storage
 from kvjax.caches.base import Kind, LayerShape, Node, Project, Span
+from kvjax.caches.sinks import in_cache, past_sinks
 from kvjax.errors import CacheError, InputError
 from kvjax.ops.attention import EMPTY, View
 from kvjax.types import Array
@@ -21,10 +22,12 @@ class Recompute(Node):
 
     Args:
         window, sinks: attend as `ring(window, sinks=sinks)` does; None and 0 as the layer itself does.
+        sinks_in_cache: as for `ring`.
     """
 
     window: int | None = struct.static(default=None)
     sinks: int = struct.static(default=0)
+    sinks_in_cache: bool = struct.static(default=False)
 
     replays = True
 
@@ -32,7 +35,12 @@ class Recompute(Node):
         """See `Node`."""
         k, v = project.kv(h, span.positions)
         at = jnp.where(span.real(), span.order, EMPTY)
-        return (View(storage.pack(k), storage.pack(v), at, window=self.window, sinks=self.sinks),), self
+        whole = View(storage.pack(k), storage.pack(v), at, window=self.window, sinks=self.sinks)
+        if self.window is None or not self.sinks_in_cache:
+            return (whole,), self
+        n, queries = self.sinks, in_cache(span.positions, self.window, self.sinks)
+        first = whole.replace(k=storage.pack(k[:, :n]), v=storage.pack(v[:, :n]), positions=at[:, :n])
+        return (first.replace(query_positions=queries), whole.replace(positions=past_sinks(at, n), sinks=0)), self
 
     def resize(self, capacity: int, shared: Any) -> Recompute:
         """Itself."""
@@ -57,25 +65,29 @@ class RecomputeKind(Kind):
 
     window: int | None
     sinks: int
+    sinks_in_cache: bool
 
     def init(self, shape: LayerShape, batch: int, capacity: int) -> Recompute:
         """See `Kind`."""
-        return Recompute(self.window, self.sinks)
+        return Recompute(self.window, self.sinks, self.sinks_in_cache)
 
 
-def recompute(*, window: int | None = None, sinks: int = 0) -> RecomputeKind:
+def recompute(*, window: int | None = None, sinks: int = 0, sinks_in_cache: bool = False) -> RecomputeKind:
     """No cache: everything is computed anew from the tokens at every call. The reference.
 
     Args:
-        window, sinks: the reference for `ring(window, sinks=sinks)` on layers that would see everything.
+        window, sinks, sinks_in_cache: the reference for `ring(window, sinks=sinks, …)` on layers that would see
+            everything.
 
     Raises:
-        InputError: `window` is less than 1, or `sinks` is negative.
+        InputError: `window` is less than 1, or `sinks` is negative; `sinks_in_cache` without window or sinks.
     """
-    for name, value, least in (("window", 1 if window is None else window, 1), ("sinks", sinks, 0)):
+    if sinks_in_cache and window is None:
+        raise InputError("caches.recompute: sinks_in_cache needs a window, which window=None leaves out")
+    for name, value, least in (("window", 1 if window is None else window, 1), ("sinks", sinks, int(sinks_in_cache))):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"caches.recompute: {name} must be a whole number of at least {least}, not {value!r}")
-    return RecomputeKind(window, sinks)
+    return RecomputeKind(window, sinks, bool(sinks_in_cache))
 
 
 __all__ = ["recompute", "Recompute", "RecomputeKind"]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from kvjax import struct
 from kvjax.caches import codecs
 from kvjax.caches.base import Kind, LayerShape, Node, Project, Span, views_of
+from kvjax.caches.sinks import SinksInCache
 from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY, View
 from kvjax.types import Array
@@ -70,9 +71,9 @@ class Ring(Node):
     def _slots(self, span: Span) -> Array:
         order = span.order
         kept = span.real() & ((order >= span.end[:, None] - self.size) | (order < self.sinks))
-        return self._slot(jnp.where(kept, order, EMPTY))
+        return self.slots_of(jnp.where(kept, order, EMPTY))
 
-    def _slot(self, order: Array) -> Array:
+    def slots_of(self, order: Array) -> Array:
         """Where each place in the order of feeding is kept; outside the store for EMPTY."""
         at = jnp.where(order < self.sinks, order, self.sinks + (order - self.sinks) % self.size)
         return jnp.where(order == EMPTY, self.sinks + self.size, at)
@@ -94,7 +95,7 @@ class Ring(Node):
 
     def move(self, source: Array, target: Array, shared: Any) -> Ring:
         """See `Node`."""
-        there, here = self._slot(source), self._slot(target)
+        there, here = self.slots_of(source), self.slots_of(target)
         return self.replace(k=self.k.move(there, here), v=self.v.move(there, here))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
@@ -114,20 +115,33 @@ class RingKind(Kind):
     slack: int
     store: Any
     rotated: bool
+    sinks_in_cache: bool
 
-    def init(self, shape: LayerShape, batch: int, capacity: int) -> Ring:
+    def init(self, shape: LayerShape, batch: int, capacity: int) -> Ring | SinksInCache:
         """See `Kind`."""
-        slots = self.sinks + self.window + self.slack
-        k = self.store.empty(batch, shape.kv_heads, slots, shape.key_dim, shape.dtype)
-        v = self.store.empty(batch, shape.kv_heads, slots, shape.value_dim, shape.dtype)
-        return Ring(k, v, self.window, self.sinks, self.slack, self.rotated)
+
+        def stores(slots: int) -> tuple[Any, Any]:
+            k = self.store.empty(batch, shape.kv_heads, slots, shape.key_dim, shape.dtype)
+            return k, self.store.empty(batch, shape.kv_heads, slots, shape.value_dim, shape.dtype)
+
+        inside = 0 if self.sinks_in_cache else self.sinks
+        made = Ring(*stores(inside + self.window + self.slack), self.window, inside, self.slack, self.rotated)
+        return SinksInCache(*stores(self.sinks), made, self.sinks) if self.sinks_in_cache else made
 
 
-def ring(window: int, *, sinks: int = 0, slack: int = 0, store: Any = None, rotated: bool = True) -> RingKind:
+def ring(
+    window: int,
+    *,
+    sinks: int = 0,
+    slack: int = 0,
+    store: Any = None,
+    rotated: bool = True,
+    sinks_in_cache: bool = False,
+) -> RingKind:
     """The last `window` positions in bounded memory.
 
     Exact for a layer whose own window is at least as short. For a layer that sees everything this is another
-    algorithm, sliding-window attention; `recompute(window=, sinks=)` is its reference.
+    algorithm, sliding-window attention; `recompute(window=, sinks=, sinks_in_cache=)` is its reference.
 
     Args:
         window: positions that a query sees, its own included, in tokens.
@@ -135,14 +149,16 @@ def ring(window: int, *, sinks: int = 0, slack: int = 0, store: Any = None, rota
         slack: how many tokens a row can be rewound exactly.
         store: a codec, or a floating dtype; None stores what the model computes in.
         rotated: False keeps keys as they are projected and turns them when they are read.
+        sinks_in_cache: sinks are seen as if they stood right before the window, so that no distance is longer than the
+            model knows (StreamingLLM).
 
     Raises:
-        InputError: `window` is less than 1, or another number negative.
+        InputError: `window` is less than 1, or another number negative; `sinks_in_cache` without sinks.
     """
-    for name, value, least in (("window", window, 1), ("sinks", sinks, 0), ("slack", slack, 0)):
+    for name, value, least in (("window", window, 1), ("sinks", sinks, int(sinks_in_cache)), ("slack", slack, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"caches.ring: {name} must be a whole number of at least {least}, not {value!r}")
-    return RingKind(window, sinks, slack, codecs.as_codec(store), rotated)
+    return RingKind(window, sinks, slack, codecs.as_codec(store), rotated, bool(sinks_in_cache))
 
 
 __all__ = ["ring", "Ring", "RingKind"]

@@ -37,8 +37,20 @@ def rotary(fields: Fields, max_positions: int) -> tuple[Rope, int]:
     Raises:
         CheckpointError: a scaling that is unknown or that kvjax refuses, or a damaged one.
     """
-    positions = fields.integer("max_position_embeddings", max_positions)
     values = fields.raw("rope_scaling") or fields.raw("rope_parameters") or {}
+    return rotation(fields, values, fields.number("rope_theta", 10_000.0), max_positions)
+
+
+def rotation(fields: Fields, values: Any, theta: float, max_positions: int) -> tuple[Rope, int]:
+    """As `rotary`, from one object of rotary settings.
+
+    Args:
+        fields: config.json.
+        values: the settings, in either layout.
+        theta: base of the frequencies where `values` has none.
+        max_positions: the family's default for max_position_embeddings.
+    """
+    positions = fields.integer("max_position_embeddings", max_positions)
     if not isinstance(values, dict):
         raise CheckpointError(f"config.json: rope_scaling or rope_parameters must be an object, not {show(values)}")
     if nested := [key for key, value in values.items() if isinstance(value, dict)]:
@@ -46,7 +58,7 @@ def rotary(fields: Fields, max_positions: int) -> tuple[Rope, int]:
             f"config.json: a rotation per layer type ({', '.join(map(ascii, nested))}) is not supported"
         )
     scaling = Fields(values, "config.json, rope_scaling")
-    theta = scaling.number("rope_theta", None) or fields.number("rope_theta", 10_000.0)
+    theta = scaling.number("rope_theta", None) or theta
     if theta <= 1:
         raise CheckpointError(f"config.json: rope_theta must be more than 1, not {theta}")
     if values.get("partial_rotary_factor", 1.0) not in (1.0, None):
@@ -75,7 +87,7 @@ def _plain(theta: float, fields: Fields, original: int, positions: int) -> tuple
 def _linear(theta: float, fields: Fields, original: int, positions: int) -> tuple[Rope, int]:
     factor = fields.number("factor")
     # Some files give the length before scaling here, some the one after; too far is slow, too short refuses text.
-    return Rope(theta, LinearScaling(factor)), max(positions, math.floor(factor * positions))
+    return Rope(theta, LinearScaling(factor)), _reach(positions, factor, positions)
 
 
 def _llama3(theta: float, fields: Fields, original: int, positions: int) -> tuple[Rope, int]:
@@ -84,7 +96,7 @@ def _llama3(theta: float, fields: Fields, original: int, positions: int) -> tupl
         raise CheckpointError(f"config.json: high_freq_factor {high} must exceed low_freq_factor {low}")
     factor = fields.number("factor")
     scaling: Scaling = Llama3Scaling(factor, low, high, original)
-    return Rope(theta, scaling), max(positions, math.floor(factor * original))
+    return Rope(theta, scaling), _reach(positions, factor, original)
 
 
 def _yarn(theta: float, fields: Fields, original: int, positions: int) -> tuple[Rope, int]:
@@ -101,7 +113,13 @@ def _yarn(theta: float, fields: Fields, original: int, positions: int) -> tuple[
         attention_factor=attention,
         truncate=fields.flag("truncate", True),
     )
-    return Rope(theta, scaling), max(positions, math.floor(factor * original))
+    return Rope(theta, scaling), _reach(positions, factor, original)
+
+
+def _reach(positions: int, factor: float, original: int) -> int:
+    if factor * original >= 2**31:
+        raise CheckpointError(f"config.json: a RoPE factor of {factor} stretches {original} positions beyond int32")
+    return max(positions, math.floor(factor * original))
 
 
 def _mscale(fields: Fields, name: str) -> float | None:
@@ -125,4 +143,4 @@ _KINDS: dict[str, tuple[set[str], _Make]] = {
     ),
 }
 
-__all__ = ["rotary", "KEYS", "REFUSED"]
+__all__ = ["rotary", "rotation", "KEYS", "REFUSED"]

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,14 @@ def _shapes(config: Config) -> dict[str, Any]:
     plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     names = ("vocab_size", "num_layers", "width", "query_heads", "kv_heads", "head_dim", "ffn_width", "max_positions")
     shapes = {name: plain[name] for name in names}
-    return shapes | {"tied": config.tied, "positions": str(config.positions), "windows": list(config.windows)}
+    return shapes | {
+        "tied": config.tied,
+        "norm_order": config.norm_order.value,
+        "positions": [str(positions) for positions in dict.fromkeys(config.turns)],
+        "windows": list(config.windows),
+        "attention_softcap": config.attention_softcap,
+        "logit_softcap": config.logit_softcap,
+    }
 
 
 def _costs(model: Model, config: Config, context: int) -> list[dict[str, Any]]:
@@ -79,7 +87,8 @@ def _costs(model: Model, config: Config, context: int) -> list[dict[str, Any]]:
     costs = []
     for label, made in plans.items():
         at, twice = (cache_nbytes(model, made, batch=1, capacity=n * context) for n in (1, 2))
-        costs.append({"kind": label, "bytes_per_token": (twice - at) // context, "bytes": at})
+        told = made.remark(model.layer_shapes()) if isinstance(made, caches.Kind) else ""
+        costs.append({"kind": label, "bytes_per_token": (twice - at) // context, "bytes": at, "remark": told})
     return costs
 
 
@@ -101,13 +110,19 @@ def _text(about: dict[str, Any]) -> str:
         ("vocabulary", f"{s['vocab_size']:,}, head {'tied' if s['tied'] else 'of its own'}"),
         ("positions", f"{s['max_positions']:,}" if s["max_positions"] else "no limit"),
         ("windows", f"{', '.join(map(str, windows))} in {local} of {s['num_layers']} layers" if windows else "none"),
+        ("norms", s["norm_order"]),
     ]
+    if s["attention_softcap"] or s["logit_softcap"]:
+        caps = (("scores", s["attention_softcap"]), ("logits", s["logit_softcap"]))
+        rows.append(("soft caps", ", ".join(f"{cap:g} on {what}" for what, cap in caps if cap)))
     lines = [f"{name:<12}{value}" for name, value in rows]
     lines += [
         "",
         f"{'cache of one row':<30}{'bytes per token':>18}{'bytes at ' + format(about['context'], ',') + ' tokens':>28}",
     ]
     lines += [f"{c['kind']:<30}{c['bytes_per_token']:>18,}{c['bytes']:>28,}" for c in about["caches"]]
+    for cost in about["caches"]:
+        lines += ["", *textwrap.wrap(f"{cost['kind']}: {cost['remark']}", 80)] if cost["remark"] else []
     return "\n".join(lines)
 
 

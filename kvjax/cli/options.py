@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import kvjax
 from kvjax import caches
-from kvjax.cli import describe_model, write_text
+from kvjax.cli import compare_strategies, describe_model, write_text
 from kvjax.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -21,6 +21,7 @@ TOP = """examples:
   kvjax generate "ROMEO:"                      text from the bundled model
   kvjax generate --help                        everything else that it takes
   kvjax info shakespeare                       what a model is, and what its caches cost
+  kvjax compare                                what could be kept of a text, side by side
 
 exit codes: 0, 1 for an error, 2 for wrong usage, 130 when interrupted
 Compiled programs are kept in the user's cache folder; KVJAX_COMPILE_CACHE=off keeps none, a path
@@ -46,6 +47,18 @@ INFO = """examples:
   kvjax info shakespeare --json
 
 Reads config.json and the headers of the weights, not the weights. Bytes are of one row.
+"""
+
+
+COMPARE = """examples:
+  kvjax compare
+  kvjax compare --no-rotation                   absorption too, on a random model of the same shape
+  kvjax compare ./stories260K --batch 8 --context 400 --tokens 64
+  kvjax compare --json > figures.json
+
+Keeps of a text nothing, keys and values, each layer's input (keys and values made again, or
+absorbed), the outputs of all layers, or both: bytes and FLOPs predicted and found, time of a
+decoded token, of going back, exchanging rows, editing and resuming, and whether the tokens are equal.
 """
 
 
@@ -87,6 +100,21 @@ def build_parser() -> argparse.ArgumentParser:
     _dtype(info)
     info.add_argument("--json", action="store_true", help="one JSON object")
     _common(info, describe_model.run)
+
+    compare = commands.add_parser("compare", epilog=COMPARE, help="what could be kept of a text, side by side")
+    _model(compare, "model")
+    add = compare.add_argument
+    add("--tokens", type=_whole(1), default=32, metavar="N", help="new tokens decoded in a round (default 32)")
+    add("--context", type=_whole(1), metavar="T", help="tokens before them (default: up to 512 with them)")
+    add("--batch", type=_whole(1), default=2, metavar="B", help="rows (default 2)")
+    add("--edit", type=_whole(1), default=8, metavar="K", help="tokens that an edit goes back (default 8)")
+    add("--rounds", type=_whole(1), default=5, metavar="R", help="of timing, in turn (default 5)")
+    add("--no-rotation", action="store_true", help="a random model of this shape with learned positions")
+    _dtype(compare)
+    output = compare.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="one JSON object")
+    output.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    _common(compare, compare_strategies.run)
     return parser
 
 

@@ -63,7 +63,14 @@ def feed(model: Model, cache: Cache, tokens: Array, valid: Array, tree: Tree | N
     else:
         x, opened = _apply(model, cache, fed, span)
     lengths = start + valid
-    return x, Cache(opened.layers, opened.shared, noted, lengths, jnp.maximum(cache.written, lengths), flags)
+    return x, cache.replace(
+        layers=opened.layers,
+        shared=opened.shared,
+        tokens=noted,
+        lengths=lengths,
+        written=jnp.maximum(cache.written, lengths),
+        flags=flags,
+    )
 
 
 def _apply(model: Model, cache: Cache, tokens: Array, span: Span) -> tuple[Array, OpenCache]:

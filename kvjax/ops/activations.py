@@ -28,4 +28,9 @@ def relu(x: Array) -> Array:
     return jnp.maximum(x, 0)
 
 
-__all__ = ["silu", "gelu", "gelu_tanh", "relu"]
+def softcapped(x: Array, cap: float) -> Array:
+    """tanh(x / cap) · cap: near x where x is small, within ±cap everywhere (Gemma 2, 2408.00118)."""
+    return jnp.tanh(x / cap) * cap
+
+
+__all__ = ["silu", "gelu", "gelu_tanh", "relu", "softcapped"]

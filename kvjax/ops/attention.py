@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kvjax import struct
+from kvjax.ops import decoding
+from kvjax.ops.activations import softcapped
 from kvjax.types import Array
 
 EMPTY = jnp.iinfo(jnp.int32).max
@@ -30,6 +32,10 @@ BLOCK = 256
 
 BLOCKWISE_ABOVE = 1024
 """Slots from which a call with more than BLOCK queries is blockwise."""
+
+
+Decode = Callable[[Array, Any], tuple[Array, ...]]
+"""Turns codes `[..., D']` as stored into numbers of a dtype, `[..., D]` in parts along D; module-level."""
 
 
 @struct.node
@@ -60,6 +66,7 @@ class View(struct.Value):
         positions: `[R or B or 1, T]` int32, absolute position of every slot, `EMPTY` where there is none.
         k_scale, v_scale: factors that turn stored codes into keys and values: `[*lead, T]`, one per slot, or
             `[*lead, T / g, D]`, one per channel for every g slots; or None.
+        k_zero, v_zero: `[*lead, T / g, D]`, added per channel to what the scale has multiplied; or None.
         absorb: for a view whose `k` and `v` hold what keys and values are made from (one head, width E).
         pages: `(readers [P, W], places [B, n])` when the rows of the view are P pages: which rows read a page, -1 for
             none, and where in `[P * W]` each page of a row is read for it, in any order, -1 for none.
@@ -69,6 +76,8 @@ class View(struct.Value):
         window: a query sees positions less than `window` behind it; None sees all.
         sinks: positions below it are seen whatever the window.
         rotated: whether the keys are stored turned to their positions; if not, they are turned when they are read.
+        k_decode, v_decode: `(stored, dtype) -> parts`, the numbers that packed codes stand for, their channels in one
+            or several parts; None casts.
     """
 
     k: Array
@@ -83,6 +92,10 @@ class View(struct.Value):
     window: int | None = struct.static(default=None)
     sinks: int = struct.static(default=0)
     rotated: bool = struct.static(default=True)
+    k_zero: Array | None = None
+    v_zero: Array | None = None
+    k_decode: Decode | None = struct.static(default=None)
+    v_decode: Decode | None = struct.static(default=None)
 
 
 def visible(query: Array, key: Array, window: int | None, sinks: int) -> Array:
@@ -105,6 +118,7 @@ def attention(
     kv_heads: int,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     rotate: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
     """Softmax attention of new queries over one or several views, joined inside the softmax.
@@ -116,6 +130,7 @@ def attention(
         kv_heads: K; H must be a multiple.
         scale: factor on the scores, `D ** -0.5` if None.
         window: the model's own window; a view's window narrows it further.
+        softcap: bound c on scaled scores, as tanh(s / c) · c, before masking (Gemma 2, 2408.00118); None is none.
         rotate: turns `q` to positions `[B, S]`; None leaves it.
 
     Returns:
@@ -124,8 +139,9 @@ def attention(
     Scores and softmax are at least float32. Views are joined by their maxima and sums (Milakov and Gimelshein 2018,
     1805.02867; Hydragen, Juravsky et al. 2024, 2402.05099).
     """
-    run = functools.partial(_attend, kv_heads=kv_heads, scale=scale, window=window, rotate=rotate)
     b, s, h, d = q.shape
+    rule = _Rule(d**-0.5 if scale is None else scale, window, softcap, rotate)
+    run = functools.partial(_attend, kv_heads=kv_heads, rule=rule)
     if s <= BLOCK or sum(_slots(view) for view in views) <= BLOCKWISE_ABOVE:
         return run(q, positions, views)
     # Blocks of queries bound the scores at BLOCK x T: temporary memory grows with S, not with S x T.
@@ -151,23 +167,23 @@ def _slots(view: View) -> int:
     return view.positions.shape[-1] * (1 if view.pages is None else view.pages[1].shape[1])
 
 
-def _attend(
-    q: Array,
-    positions: Array,
-    views: tuple[View, ...],
-    *,
-    kv_heads: int,
-    scale: float | None,
-    window: int | None,
-    rotate: Callable[[Array, Array], Array] | None,
-) -> Array:
+class _Rule(NamedTuple):
+    """How scores are made, alike for all views; see `attention`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    rotate: Callable[[Array, Array], Array] | None
+
+
+@jax.named_scope("scores")
+def _attend(q: Array, positions: Array, views: tuple[View, ...], *, kv_heads: int, rule: _Rule) -> Array:
     b, s, h, d = q.shape
-    scale = d**-0.5 if scale is None else scale
     parts = []
     for view in views:
         at = positions if view.query_positions is None else view.query_positions
-        turned = q if rotate is None else rotate(q, at)
-        parts.append(_partial(turned, positions, view, kv_heads, scale, window, rotate))
+        turned = q if rule.rotate is None else rule.rotate(q, at)
+        parts.append(_partial(turned, positions, view, kv_heads, rule))
     top = functools.reduce(jnp.maximum, [m for m, _, _ in parts])
     weights = [jnp.exp(m - top) for m, _, _ in parts] if len(parts) > 1 else [None]
     total = functools.reduce(jnp.add, [_weigh(n, w) for (_, n, _), w in zip(parts, weights, strict=True)])
@@ -184,35 +200,55 @@ def _weigh(x: Array, weight: Array | None) -> Array:
 
 
 def _partial(
-    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None, rotate: Any
+    q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule, lift: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """One view's share: maxima and sums `[B, K, G * S]`, unnormalised output `[B, K, G * S, D]`."""
+    """One view's share: maxima and sums `[B, K, G * S]`, unnormalised output `[B, K, G * S, D]`.
+
+    `lift[B, S, H]` is added to every scaled score of a query.
+    """
     if view.absorb is not None:
-        return _absorbed(q, positions, view, kv_heads, scale, window)
+        return _absorbed(q, positions, view, kv_heads, rule)
     if view.pages is not None:
-        return _paged(q, positions, view, kv_heads, scale, window, rotate)
+        return _paged(q, positions, view, kv_heads, rule, lift)
+    if decoding.in_blocks(q, view, rule.rotate):
+        # In blocks of slots: XLA:CPU would make a copy of the whole buffer in the dtype of the queries.
+        return decoding.by_blocks(lambda block: _partial(q, positions, block, kv_heads, rule, lift), view, EMPTY)
     b, s, h, d = q.shape
     lead, k = view.k.shape[:-2], kv_heads
     g, rows = h // k, math.prod(lead) // k
     share = b // rows  # rows of the batch that read one row of the view
     precise = jnp.promote_types(jnp.float32, q.dtype)
-    # q: [B, S, H, D] -> [R, share, S, K, G, D] -> [R, K, share, G, S, D] -> [*lead, share * G * S, D]
-    q = q.reshape(rows, share, s, k, g, d).transpose(0, 3, 1, 4, 2, 5).reshape(*lead, share * g * s, d)
-    keys, k_scale = _decoded(view.k, view.k_scale, q.dtype)
-    if not view.rotated and rotate is not None:
-        keys = _turned(keys, view.positions, rows, rotate)
+
+    def queries(x: Array) -> Array:
+        # [B, S, H, D] -> [R, share, S, K, G, D] -> [R, K, share, G, S, D] -> [*lead, share * G * S, D]
+        return x.reshape(rows, share, s, k, g, -1).transpose(0, 3, 1, 4, 2, 5).reshape(*lead, share * g * s, -1)
+
+    q = queries(q)
+    keys, k_scale = decoding.decoded(view.k, view.k_scale, view.k_zero, view.k_decode, q.dtype)
+    if not view.rotated and rule.rotate is not None:
+        keys = (_turned(jnp.concatenate(keys, axis=-1), view.positions, rows, rule.rotate),)
     # Scaled here and not in q: a half-precision q would round the scale into every score.
-    scores = _contract(q, keys, q.ndim - 1, keys.ndim - 1, len(lead), precise) * scale  # [*lead, share * G * S, T]
+    scores = _scores(q, keys, len(lead), precise) * rule.scale  # [*lead, share * G * S, T]
     if k_scale is not None:
         scores = scores * k_scale[..., None, :].astype(precise)
-    scores = jnp.where(_mask(positions, view, window, (rows, k, share, g, s)).reshape(scores.shape), scores, MASKED)
+    if lift is not None:
+        scores = scores + queries(lift[..., None])
+    if rule.softcap is not None:
+        scores = softcapped(scores, rule.softcap)
+    scores = jnp.where(
+        _mask(positions, view, rule.window, (rows, k, share, g, s)).reshape(scores.shape), scores, MASKED
+    )
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1)
-    values, v_scale = _decoded(view.v, view.v_scale, q.dtype)
+    values, v_scale = decoding.decoded(view.v, view.v_scale, view.v_zero, view.v_decode, q.dtype)
     if v_scale is not None:
         weights = weights * v_scale[..., None, :].astype(precise)
-    out = _contract(weights.astype(q.dtype), values, weights.ndim - 1, values.ndim - 2, len(lead), precise)
+    room = decoding.headroom(weights, q.dtype) if v_scale is not None else None
+    weights = (weights if room is None else weights / room).astype(q.dtype)
+    parts = [_contract(weights, x, weights.ndim - 1, x.ndim - 2, len(lead), precise) for x in values]
+    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    out = out if room is None else out * room
 
     def rows_first(x: Array) -> Array:  # [*lead, share * G * S, ...] -> [B, K, G * S, ...]
         rest = x.shape[len(lead) + 1 :]
@@ -221,13 +257,16 @@ def _partial(
     return rows_first(top[..., 0]), rows_first(total), rows_first(out)
 
 
-def _decoded(x: Array, scale: Array | None, dtype: jnp.dtype) -> tuple[Array, Array | None]:
-    """What the contraction reads, and the factors per slot that scores or weights take up instead."""
-    x = x if x.dtype == dtype else x.astype(dtype)
-    if scale is None or scale.ndim < x.ndim:
-        return x, scale
-    groups = x.reshape(*scale.shape[:-1], -1, x.shape[-1])  # [*lead, T / g, g, D]
-    return (groups * scale[..., None, :].astype(dtype)).reshape(x.shape), None
+def _scores(q: Array, keys: tuple[Array, ...], batch: int, precise: jnp.dtype) -> Array:
+    """Products of queries `[*lead, m, D]` with keys `[*lead, T, D]` that come in parts along D."""
+    at, out = 0, None
+    for part in keys:
+        width = part.shape[-1]
+        own = q if width == q.shape[-1] else q[..., at : at + width]
+        made = _contract(own, part, q.ndim - 1, part.ndim - 1, batch, precise)
+        at, out = at + width, made if out is None else out + made
+    assert out is not None
+    return out
 
 
 def _turned(keys: Array, positions: Array, rows: int, rotate: Callable[[Array, Array], Array]) -> Array:
@@ -258,35 +297,38 @@ def _contract(a: Array, b: Array, a_axis: int, b_axis: int, batch: int, precise:
     return lax.dot_general(a, b, (((a_axis,), (b_axis,)), (axes, axes)), preferred_element_type=precise)
 
 
-def _absorbed(
-    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None
-) -> tuple[Array, Array, Array]:
+@jax.named_scope("projections")
+def _absorbed(q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule) -> tuple[Array, Array, Array]:
     assert view.absorb is not None
     maps = view.absorb
     b, s, h, d = q.shape
+    precise = jnp.promote_types(jnp.float32, q.dtype)
     q = q.reshape(b, s, kv_heads, -1, d)
     wide = jnp.einsum("bskgd,kde->bskge", q, maps.query_map.astype(q.dtype)).reshape(b, s, h, -1)
-    top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, scale, window, None)
+    lift = None
+    if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it, and a cap bends it
+        lift = jnp.einsum("bskgd,kd->bskg", q, maps.key_bias.astype(q.dtype), preferred_element_type=precise)
+        lift = lift.reshape(b, s, h) * rule.scale
+    with jax.named_scope("scores"):
+        top, total, out = _partial(wide, positions, view.replace(absorb=None), 1, rule._replace(rotate=None), lift)
     top, total = (x.reshape(b, kv_heads, -1) for x in (top, total))  # heads are K-major: [B, K, G * S]
     out = out.reshape(b, kv_heads, top.shape[-1], -1)
     out = jnp.einsum("bkme,ked->bkmd", out, maps.value_map.astype(out.dtype))
-    if maps.key_bias is not None:  # the same for every slot of the view, but other views lack it
-        lift = jnp.einsum("bskgd,kd->bkgs", q, maps.key_bias.astype(q.dtype)).astype(top.dtype)
-        top = top + lift.reshape(top.shape) * scale
     if maps.value_bias is not None:
         out = out + total[..., None] * maps.value_bias[None, :, None, :].astype(out.dtype)
     return top, total, out
 
 
 def _paged(
-    q: Array, positions: Array, view: View, kv_heads: int, scale: float, window: int | None, rotate: Any
+    q: Array, positions: Array, view: View, kv_heads: int, rule: _Rule, lift: Array | None
 ) -> tuple[Array, Array, Array]:
     # Every page attends for its readers, then each row gathers the small partial results of its pages: gathering the
     # pages themselves would copy the pool at every step.
     assert view.pages is not None
     readers, places = view.pages
     rows = jnp.maximum(readers, 0).reshape(-1)  # [P * W]
-    parts = _partial(q[rows], positions[rows], view.replace(pages=None), kv_heads, scale, window, rotate)
+    lift = None if lift is None else lift[rows]
+    parts = _partial(q[rows], positions[rows], view.replace(pages=None), kv_heads, rule, lift)
     at = jnp.where(places < 0, rows.shape[0], places)
     # Where a row has no page stands what one slot that it cannot see would give.
     pairs = zip(parts, (MASKED, 1, 0), strict=True)
@@ -296,4 +338,4 @@ def _paged(
     return highest, jnp.sum(total * weight, axis=1), jnp.sum(out * weight[..., None], axis=1)
 
 
-__all__ = ["View", "Absorb", "attention", "visible", "EMPTY"]
+__all__ = ["View", "Absorb", "Decode", "attention", "visible", "EMPTY"]

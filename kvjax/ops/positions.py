@@ -100,6 +100,9 @@ class Rope:
     theta: float = 10_000.0
     scaling: Scaling | None = None
 
+    rotates = True
+    """Queries and keys are turned."""
+
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """No parameters."""
         return {}
@@ -134,6 +137,9 @@ class Learned:
     """
 
     size: int
+
+    rotates = False
+    """Queries and keys stay as they are projected."""
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """One table `[size, M]`."""

@@ -1,4 +1,4 @@
-"""`python -m kvjax.train lm | eval`: train the small language model, or measure a trained one."""
+"""`python -m kvjax.train lm | induction | eval`: train the bundled models, or measure a language model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ EXAMPLES = """examples:
       interrupt the same command goes on from the checkpoint
   python -m kvjax.train lm --text my.txt --out runs/my --steps 500 --width 96 --layers 4
       a smaller one, on another text
+  python -m kvjax.train induction --out runs/induction
+      trains the bundled model of the copying task (5 minutes on one core)
   python -m kvjax.train eval --text tinyshakespeare.txt
       nats per character of the bundled model on the text's last 111,540 characters
   python -m kvjax.train eval runs/my/model --text my.txt
@@ -23,11 +25,12 @@ EXAMPLES = """examples:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from kvjax.train import induction
     from kvjax.train.lm import Settings
 
     parser = argparse.ArgumentParser(
         prog="python -m kvjax.train",
-        description="Train the bundled language model, or measure it.",
+        description="Train the bundled models, or measure a language model.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Settings):
         option = "--" + field.name.replace("_", "-")
         train.add_argument(option, type=type(field.default), default=field.default, help=f"default {field.default}")
+    copying = commands.add_parser("induction", help="train a tiny Llama to copy", **style)
+    copying.add_argument("--out", type=Path, required=True, help="directory of the checkpoint and of model/")
+    copying.add_argument("--quiet", action="store_true", help="no progress bar")
+    for name in induction.OPTIONS:
+        default = getattr(induction.SETTINGS, name)
+        copying.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     measure = commands.add_parser("eval", help="nats per character on the end of a text", **style)
     measure.add_argument("model", nargs="?", default="shakespeare", help="bundled name or directory (shakespeare)")
     measure.add_argument("--text", type=Path, required=True, help="the text that the model was trained on")
@@ -59,6 +68,14 @@ def _lm(args: argparse.Namespace) -> None:
     print(f"held-out {progress.best_loss:.4f} nats per character at step {progress.best_step}: {args.out / 'model'}")
 
 
+def _induction(args: argparse.Namespace) -> None:
+    from kvjax.train import induction
+
+    settings = dataclasses.replace(induction.SETTINGS, **{name: getattr(args, name) for name in induction.OPTIONS})
+    progress = induction.train(args.out, settings, quiet=args.quiet)
+    print(f"{progress.best_loss:.5f} nats per copied token at step {progress.best_step}: {args.out / 'model'}")
+
+
 def _eval(args: argparse.Namespace) -> None:
     from kvjax.train.measure import measure, record_test_loss
 
@@ -72,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 on success, 1 on an error (one line on stderr), 130 on an interrupt."""
     args = _parser().parse_args(argv)
     try:
-        {"lm": _lm, "eval": _eval}[args.command](args)
+        {"lm": _lm, "induction": _induction, "eval": _eval}[args.command](args)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the checkpoint", file=sys.stderr)
         return 130

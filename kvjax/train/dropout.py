@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from kvjax.caches.base import OpenCache
 from kvjax.config import Config
-from kvjax.layers import Rotation, feed_forward, self_attention
-from kvjax.model import Model, decoder_head
+from kvjax.layers import Rotation, feed_forward, joined, normed, self_attention
+from kvjax.model import Model, decoder_head, embed, final_norm
 from kvjax.types import Array, Params
 
 
 def dropping(config: Config, params: Params, key: Array, rate: Any) -> Model:
-    """A model that drops a share of the embedding and of what each sub-layer adds to the stream.
+    """A model that drops a share of the embedding and of what each sub-layer gives.
 
     Dropout as in nanoGPT, without the one on attention weights (Srivastava et al. 2014,
     https://jmlr.org/papers/v15/srivastava14a.html).
@@ -44,15 +44,15 @@ def _apply(params: Params, config: Config, cache: OpenCache, tokens: Array, vali
         bits = jax.random.bits(jax.random.fold_in(key, site), x.shape, jnp.uint8)
         return jnp.where(bits >= threshold, x * scale, 0.0)
 
-    x = drop(jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip"), 0)  # [B, S, M]
-    rotation = Rotation.at(config, cache.positions, x.dtype)
+    x = drop(embed(params, config, tokens, cache.positions), 0)  # [B, S, M]
+    rotations = Rotation.of_layers(config, cache.positions, x.dtype)
     for layer in range(config.num_layers):
         p = params["layers"][str(layer)]
-        y, cache = self_attention(p, config, x, cache, layer, rotation)
-        x = x + drop(y, 2 * layer + 1)
-        y = feed_forward(p["ffn"], config, config.norm(p["ffn_norm"], x))
-        x = x + drop(y, 2 * layer + 2)
-    return config.norm(params["final_norm"], x), cache
+        y, cache = self_attention(p, config, x, cache, layer, rotations[layer])
+        x = joined(p, config, "attn", x, drop(y, 2 * layer + 1))
+        y = feed_forward(p["ffn"], config, normed(p, config, "ffn", x))
+        x = joined(p, config, "ffn", x, drop(y, 2 * layer + 2))
+    return final_norm(params, config, x), cache
 
 
 __all__ = ["dropping"]

@@ -9,7 +9,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from kvjax.errors import CheckpointError
 from kvjax.lm import load as load_lm
 from kvjax.model import decoder, forward
 from kvjax.train import data, evaluate, lm, package
+from kvjax.types import Params
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -99,6 +100,66 @@ def _interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def run(
+    out: Path,
+    settings: lm.Settings,
+    vocab_size: int,
+    sha256: str,
+    batches: Callable[[int, int], np.ndarray],
+    heldout: Callable[[Params], float],
+    *,
+    quiet: bool = False,
+) -> Progress:
+    """Runs the steps, or those that the checkpoint in `out` has left, keeping the average with the least held-out loss.
+
+    Args:
+        out: directory for the checkpoint.
+        settings: of the run; those of the checkpoint must be the same.
+        vocab_size: V.
+        sha256: of what is learnt; that of the checkpoint must be the same.
+        batches: `(step, steps) -> [steps, batch, context + 1]` int32, a function of its arguments alone.
+        heldout: the loss of parameters, the less the better.
+        quiet: no progress bar.
+
+    Returns:
+        The progress at the end.
+
+    Raises:
+        CheckpointError: if `out` holds a checkpoint of another run.
+        KeyboardInterrupt: after an interrupt, with the checkpoint written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / CHECKPOINT
+    if checkpoint.exists():
+        progress = load(checkpoint, settings, vocab_size, sha256)
+    else:
+        progress = start(settings, vocab_size)
+    block_of_steps = lm.train_block(settings, vocab_size)
+    step = int(progress.state.step)
+    bar = tqdm(total=settings.steps, initial=step, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True)
+    with _interruptible() as interrupts, bar:
+        while step < settings.steps and not interrupts:
+            begun = time.perf_counter()
+            block = batches(step, min(settings.block, settings.steps - step))
+            progress.state, each = block_of_steps(progress.state, jnp.asarray(block))
+            losses = np.asarray(each, np.float64)
+            before, step = step, step + len(losses)
+            if step // settings.eval_every > before // settings.eval_every or step == settings.steps:
+                found = heldout(progress.state.ema)
+                if found < progress.best_loss:
+                    progress.best = jax.tree.map(np.array, progress.state.ema)
+                    progress.best_loss, progress.best_step = found, step
+                progress.history.append({"step": step, "loss": float(losses.mean()), "heldout": found})
+                save(checkpoint, progress, settings, sha256)
+            progress.seconds += time.perf_counter() - begun
+            bar.update(len(losses))
+            bar.set_postfix(loss=f"{losses.mean():.3f}", heldout=f"{progress.best_loss:.4f}", refresh=False)
+        if interrupts:
+            save(checkpoint, progress, settings, sha256)
+            raise KeyboardInterrupt
+    return progress
+
+
 def train(text: Path, out: Path, settings: lm.Settings, *, quiet: bool = False) -> Progress:
     """Trains, or goes on where the checkpoint in `out` stands, and writes `out/model` at the end.
 
@@ -121,44 +182,22 @@ def train(text: Path, out: Path, settings: lm.Settings, *, quiet: bool = False) 
     segmenter = data.Segmenter(tokenizer, split.train, drop=settings.recut_drop, seed=settings.seed)
     vocab_size = tokenizer.get_vocab_size()
     config = settings.config(vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / CHECKPOINT
-    if checkpoint.exists():
-        progress = load(checkpoint, settings, vocab_size, split.sha256)
-    else:
-        progress = start(settings, vocab_size)
-    run = lm.train_block(settings, vocab_size)
-    step = int(progress.state.step)
-    bar = tqdm(total=settings.steps, initial=step, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True)
-    with _interruptible() as interrupts, bar:
-        while step < settings.steps and not interrupts:
-            begun = time.perf_counter()
-            batches = data.block_of_batches(
-                segmenter,
-                seed=settings.seed,
-                block=step // settings.block,
-                steps=min(settings.block, settings.steps - step),
-                batch=settings.batch,
-                context=settings.context,
-                share=settings.recut_share(step),
-            )
-            progress.state, each = run(progress.state, jnp.asarray(batches))
-            losses = np.asarray(each, np.float64)
-            before, step = step, step + len(losses)
-            if step // settings.eval_every > before // settings.eval_every or step == settings.steps:
-                average = decoder(config, progress.state.ema)
-                heldout = evaluate.nats_per_char(forward, average, tokenizer, split.heldout, settings.context)
-                if heldout < progress.best_loss:
-                    progress.best = jax.tree.map(np.array, progress.state.ema)
-                    progress.best_loss, progress.best_step = heldout, step
-                progress.history.append({"step": step, "loss": float(losses.mean()), "heldout": heldout})
-                save(checkpoint, progress, settings, split.sha256)
-            progress.seconds += time.perf_counter() - begun
-            bar.update(len(losses))
-            bar.set_postfix(loss=f"{losses.mean():.3f}", heldout=f"{progress.best_loss:.4f}", refresh=False)
-        if interrupts:
-            save(checkpoint, progress, settings, split.sha256)
-            raise KeyboardInterrupt
+
+    def batches(step: int, steps: int) -> np.ndarray:
+        return data.block_of_batches(
+            segmenter,
+            seed=settings.seed,
+            block=step // settings.block,
+            steps=steps,
+            batch=settings.batch,
+            context=settings.context,
+            share=settings.recut_share(step),
+        )
+
+    def heldout(params: Params) -> float:
+        return evaluate.nats_per_char(forward, decoder(config, params), tokenizer, split.heldout, settings.context)
+
+    progress = run(out, settings, vocab_size, split.sha256, batches, heldout, quiet=quiet)
     temperature = choose(progress, split.heldout, tokenizer, settings)
     record = _record(text, settings, split, progress) | {"temperature": temperature}
     package.write_package(out / "model", progress.best, config, tokenizer, record)
@@ -196,7 +235,6 @@ def choose(progress: Progress, heldout: str, tokenizer: Tokenizer, settings: lm.
 
 
 def _record(text: Path, settings: lm.Settings, split: data.Split, progress: Progress) -> dict[str, Any]:
-    libraries = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors")
     changed = [
         f"--{f.name.replace('_', '-')} {getattr(settings, f.name)}"
         for f in dataclasses.fields(settings)
@@ -213,6 +251,14 @@ def _record(text: Path, settings: lm.Settings, split: data.Split, progress: Prog
             "test_chars": len(split.test),
         },
         "settings": dataclasses.asdict(settings),
+        **circumstances(progress),
+    }
+
+
+def circumstances(progress: Progress) -> dict[str, Any]:
+    """The part of a record that says how a run went, and on what."""
+    libraries = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors")
+    return {
         "best_step": progress.best_step,
         "history": progress.history,
         "train_seconds": round(progress.seconds, 1),
@@ -232,4 +278,4 @@ def _processor() -> str:
     return f"{name}, {cores} core(s) used"
 
 
-__all__ = ["Progress", "save", "load", "start", "train"]
+__all__ = ["Progress", "save", "load", "start", "run", "train", "circumstances"]

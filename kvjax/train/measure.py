@@ -32,10 +32,12 @@ def measure(source: str, text: Path, *, any_text: bool = False) -> Measured:
 
     Raises:
         CheckpointError: the package is missing or damaged, or has no record.
-        InputError: another text than the record's.
+        InputError: another text than the record's, or the record has none.
     """
     folder, _ = resolve(source, None)
     record = package.read_record(folder)
+    if "text" not in record:
+        raise InputError(f"{source} was not trained on a text, so there is none to measure it on")
     settings = record["settings"]
     split = data.read_split(text, heldout_chars=settings["heldout_chars"], test_chars=settings["test_chars"])
     if split.sha256 != record["text"]["sha256"] and not any_text:

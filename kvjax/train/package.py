@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def to_hf(params: Params, config: Config, dtype: Any = np.float16) -> dict[str, 
     return {name: np.ascontiguousarray(np.asarray(x), dtype) for name, x in out.items()}
 
 
-def config_json(config: Config, dtype: str = "float16") -> dict[str, Any]:
-    """config.json of a Llama model; the one special token is both beginning and end."""
+def config_json(config: Config, special: int | None = BOS_ID, dtype: str = "float16") -> dict[str, Any]:
+    """config.json of a Llama model; the one special token, if any, is both beginning and end."""
     assert isinstance(config.positions, Rope) and isinstance(config.norm, RMSNorm)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -73,29 +74,43 @@ def config_json(config: Config, dtype: str = "float16") -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": BOS_ID,
+        "bos_token_id": special,
+        "eos_token_id": special,
         "initializer_range": 0.02,
         "use_cache": True,
         "torch_dtype": dtype,
     }
 
 
-def write_package(out: Path, params: Params, config: Config, tokenizer: Tokenizer, record: dict[str, Any]) -> None:
+def write_package(
+    out: Path,
+    params: Params,
+    config: Config,
+    tokenizer: Tokenizer | None,
+    record: dict[str, Any],
+    card: Callable[[Path, dict[str, Any]], str] | None = None,
+) -> None:
     """Writes the whole package to the directory `out`, the model card last.
 
     Args:
         out: created where it is missing; files of the same names are replaced.
         params: float32 parameters; stored in float16.
         config: the model.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None for a model of ids, which has no special token.
         record: what `training.json` holds; see `kvjax.train.loop.train`.
+        card: writes the model card, from the directory and the record; None is that of a language model.
     """
     out.mkdir(parents=True, exist_ok=True)
     save_file(to_hf(params, config), out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it private
+    _write(out / "config.json", config_json(config, None if tokenizer is None else BOS_ID))
+    if tokenizer is not None:
+        _write_tokenizer(out, tokenizer, config)
+    write_record(out, record, card)
+
+
+def _write_tokenizer(out: Path, tokenizer: Tokenizer, config: Config) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
-    _write(out / "config.json", config_json(config))
     _write(
         out / "tokenizer_config.json",
         {
@@ -111,14 +126,13 @@ def write_package(out: Path, params: Params, config: Config, tokenizer: Tokenize
         out / "generation_config.json",
         {"bos_token_id": BOS_ID, "eos_token_id": BOS_ID, "do_sample": True, "temperature": 0.8, "top_p": 0.95},
     )
-    write_record(out, record)
 
 
-def write_record(out: Path, record: dict[str, Any]) -> None:
+def write_record(out: Path, record: dict[str, Any], card: Callable[[Path, dict[str, Any]], str] | None = None) -> None:
     """Replaces `training.json` and the model card of the package at `out`."""
     record = dict(record, model_sha256=hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
     _write(out / RECORD, record)
-    (out / "README.md").write_text(_card(out, record), encoding="utf-8")
+    (out / "README.md").write_text((card or _card)(out, record), encoding="utf-8")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -139,18 +153,15 @@ def _write(path: Path, value: Any) -> None:
 
 def _card(out: Path, record: dict[str, Any]) -> str:
     """The model card: what `training.json` holds, for people."""
-    text, settings, losses = record["text"], record["settings"], record.get("nats_per_char", {})
+    text, losses = record["text"], record.get("nats_per_char", {})
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    with safe_open(out / "model.safetensors", "numpy") as file:
-        count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-    sizes = {p.name: p.stat().st_size for p in sorted(out.iterdir()) if p.name != "README.md"}
     kinds = {"train": "training part", "heldout": "held-out part, which chose the checkpoint"}
     kinds["test"] = f"last {text['test_chars']:,} characters, which nothing but this measurement read"
     lines = [
         f"# {out.resolve().parent.name if out.name == 'model' else out.name}",
         "",
-        f"A Llama-architecture language model of {count:,} parameters that `python -m kvjax.train lm` trained on one",
-        "text. It is small enough for examples and tests, and knows nothing but the style of that text.",
+        f"A Llama-architecture language model of {count(out):,} parameters that `python -m kvjax.train lm` trained",
+        "on one text. It is small enough for examples and tests, and knows nothing but the style of that text.",
         "",
         "| | |",
         "|---|---|",
@@ -181,6 +192,20 @@ def _card(out: Path, record: dict[str, Any]) -> str:
         f"From the front: {text['train_chars']:,} characters of training, {text['heldout_chars']:,} held out to choose",
         f"the checkpoint, {text['test_chars']:,} of test.",
         "",
+        *how_it_was_made(
+            record,
+            f"the lowest held-out loss, its logits divided by {record['temperature']:.3f} (the best temperature on\n"
+            "the held-out part, folded into the scale of the final norm)",
+        ),
+        *files(out, record),
+    ]
+    return "\n".join(lines)
+
+
+def how_it_was_made(record: dict[str, Any], chosen: str) -> list[str]:
+    """The part of a model card on the run; `chosen` ends the sentence "the moving average at step n had ..."."""
+    settings = record["settings"]
+    return [
         "## Training",
         "",
         "```",
@@ -190,12 +215,18 @@ def _card(out: Path, record: dict[str, Any]) -> str:
         f"Seed {settings['seed']}, {settings['steps']:,} steps of {settings['batch']} windows, "
         f"{record['train_seconds'] / 60:.0f} minutes on {record['machine']}; the moving average at step "
         f"{record['best_step']:,}",
-        f"had the lowest held-out loss, its logits divided by {record['temperature']:.3f} (the best temperature on the",
-        "held-out part, folded into the scale of the final norm). All settings and the course of the losses are in",
+        f"had {chosen}. All settings and the course of the losses are in",
         "`training.json`. Versions: "
         + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
         + ".",
         "",
+    ]
+
+
+def files(out: Path, record: dict[str, Any]) -> list[str]:
+    """The end of a model card: what lies beside it."""
+    sizes = {p.name: p.stat().st_size for p in sorted(out.iterdir()) if p.name != "README.md"}
+    return [
         "## Files",
         "",
         "| file | bytes |",
@@ -205,7 +236,12 @@ def _card(out: Path, record: dict[str, Any]) -> str:
         f"SHA-256 of `model.safetensors`: `{record['model_sha256']}`.",
         "",
     ]
-    return "\n".join(lines)
 
 
-__all__ = ["to_hf", "config_json", "write_package", "write_record", "read_record"]
+def count(out: Path) -> int:
+    """How many numbers the package's parameters hold."""
+    with safe_open(out / "model.safetensors", "numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+
+
+__all__ = ["to_hf", "config_json", "write_package", "write_record", "read_record", "how_it_was_made", "files", "count"]

@@ -25,11 +25,13 @@ class Case:
         name: of its golden file.
         config: config.json as a hub file would have it.
         gain: deviation of a matrix's entries, times sqrt(inputs); high enough that greedy text does not loop.
+        centre: around which the vectors lie that are no biases; 0 for norms that add 1 themselves.
     """
 
     name: str
     config: dict[str, Any]
     gain: float = 1.25
+    centre: float = 1.0
 
 
 _LLAMA = {
@@ -56,6 +58,32 @@ _GPT2 = {
     "n_positions": 96,
     "bos_token_id": 0,
     "eos_token_id": 0,
+}
+_GEMMA = {
+    "model_type": "gemma2",
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 12.0,
+    "tie_word_embeddings": False,
+}
+_GEMMA3 = {
+    **{key: value for key, value in _GEMMA.items() if "softcapping" not in key},
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "query_pre_attn_scalar": 6,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
 }
 # Original lengths of 16 to 32 lie inside the tested one, so that text crosses them.
 CASES = (
@@ -166,10 +194,53 @@ CASES = (
         },
         gain=1.75,
     ),
+    # Windows shorter than the text, caps that bite, heads that are not a share of the width.
+    Case("gemma2", {**_GEMMA, "hidden_act": "gelu_pytorch_tanh"}, gain=2.5, centre=0),
+    Case(
+        "gemma2_types_bias",
+        {
+            **_GEMMA,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+        gain=1.75,
+        centre=0,
+    ),
+    Case(
+        "gemma3_old_layout",
+        {
+            **_GEMMA3,
+            "sliding_window_pattern": 3,
+            "rope_theta": 50000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        gain=1.75,
+        centre=0,
+    ),
+    Case(
+        "gemma3_new_layout",
+        {
+            **_GEMMA3,
+            "num_hidden_layers": 3,
+            "final_logit_softcapping": 9.0,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+            "_sliding_window_pattern": 6,
+        },
+        gain=1.5,
+        centre=0,
+    ),
 )
 
 
-def weights(shapes: dict[str, tuple[int, ...]], seed: int, gain: float) -> dict[str, np.ndarray]:
+def weights(shapes: dict[str, tuple[int, ...]], seed: int, gain: float, centre: float = 1.0) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint from its name and a seed.
 
     From the raw words of the bit generator, which NumPy promises to keep, unlike the distributions on top of them.
@@ -177,7 +248,7 @@ def weights(shapes: dict[str, tuple[int, ...]], seed: int, gain: float) -> dict[
     Args:
         shapes: by the checkpoint's own names.
         seed: which model.
-        gain: of matrices, see `Case`.
+        gain, centre: see `Case`.
 
     Returns:
         float32 arrays.
@@ -187,7 +258,7 @@ def weights(shapes: dict[str, tuple[int, ...]], seed: int, gain: float) -> dict[
         words = np.random.PCG64([seed, zlib.crc32(name.encode())]).random_raw(math.prod(shape))
         uniform = ((words >> np.uint64(40)).astype(np.float64) / 2**23 - 1).reshape(shape) * math.sqrt(3)  # deviation 1
         if len(shape) == 1:
-            made[name] = (0.2 * uniform + (0 if name.endswith("bias") else 1)).astype(np.float32)
+            made[name] = (0.2 * uniform + (0 if name.endswith("bias") else centre)).astype(np.float32)
         elif "emb" in name or name.endswith(("wte.weight", "wpe.weight")):
             made[name] = (0.15 * uniform).astype(np.float32)
         else:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvjax.caches.codecs.grouped import ChannelGroups, ChannelStore, TokenStore, int4_channels
 from kvjax.caches.codecs.plain import Plain, PlainStore, plain
+from kvjax.caches.codecs.scaled import Scaled, ScaledStore, fp8, int4, int8
 from kvjax.caches.codecs.store import Codec, Segment, Store
 
-CODECS = (plain,)
+CODECS = (plain, int8, fp8, int4, int4_channels)
 """Every codec; the shared tests and the command line run over it."""
 
 
@@ -16,4 +18,22 @@ def as_codec(store: Any) -> Any:
     return store if hasattr(store, "empty") else plain(store)
 
 
-__all__ = ["plain", "as_codec", "CODECS", "Codec", "Segment", "Store", "Plain", "PlainStore"]
+__all__ = [
+    "plain",
+    "int8",
+    "fp8",
+    "int4",
+    "int4_channels",
+    "as_codec",
+    "CODECS",
+    "Codec",
+    "Segment",
+    "Store",
+    "Plain",
+    "PlainStore",
+    "Scaled",
+    "ScaledStore",
+    "ChannelGroups",
+    "ChannelStore",
+    "TokenStore",
+]

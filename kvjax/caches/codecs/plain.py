@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kvjax import struct
 from kvjax.caches import storage
-from kvjax.caches.codecs.store import Segment, Store
+from kvjax.caches.codecs.store import Codec, Segment, Store
 from kvjax.errors import InputError
 from kvjax.types import Array, DType
 
@@ -39,13 +39,13 @@ class PlainStore(Store):
         """See `Store`."""
         return (Segment(storage.pack(x).astype(self.data.dtype), None, positions),)
 
-    def unpacked(self) -> Array:
+    def unpacked(self, end: Array | None = None) -> Array:
         """See `Store`."""
         return storage.unpack(self.data, self.heads, self.rest)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
+class Plain(Codec):
     """Stores elements in a floating dtype; None is the dtype that the model computes in."""
 
     dtype: Any = None

@@ -8,10 +8,14 @@ their scales, decoded inside the attention.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from kvjax import struct
 from kvjax.caches import storage
+from kvjax.ops import decoding
+from kvjax.ops.attention import Decode
 from kvjax.types import Array, DType
 
 
@@ -22,11 +26,21 @@ class Segment(NamedTuple):
         data: `[*lead, T', D]`.
         scale: `[*lead, T']`, a factor per slot; `[*lead, T' / g, D]`, a factor per channel of every g slots; or None.
         positions: `[R, T']` int32, position of each slot.
+        zero: `[*lead, T' / g, D]`, added per channel to what the scale has multiplied; or None.
+        decode: module-level `(data, dtype) -> parts`, the numbers that packed codes stand for; None casts.
     """
 
     data: Array
     scale: Array | None
     positions: Array
+    zero: Array | None = None
+    decode: Decode | None = None
+
+    def decoded(self, dtype: DType) -> Array:
+        """`[*lead, T', D]` in `dtype`; a copy, but for plain elements of that dtype."""
+        parts, scale = decoding.decoded(self.data, self.scale, self.zero, self.decode, dtype)
+        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        return x if scale is None else x * scale[..., None].astype(dtype)
 
 
 class Store(struct.Value):
@@ -37,6 +51,11 @@ class Store(struct.Value):
     """
 
     heads: int
+
+    @property
+    def max_rewind(self) -> int | None:
+        """How many tokens behind the furthest one written are kept as they were written; None is any number."""
+        return None
 
     @property
     def axes(self) -> dict[str, int]:
@@ -58,8 +77,8 @@ class Store(struct.Value):
         """`x[B, S, K, D]` as this store would keep it, in buffers of its own: a chunk is read before it is kept."""
         raise NotImplementedError
 
-    def unpacked(self) -> Array:
-        """Decoded, `[B, K, T, D]`; a copy, for looking."""
+    def unpacked(self, end: Array | None = None) -> Array:
+        """Decoded, `[B, K, T, D]`, of rows with `end[B]` tokens; a copy, for looking. None where it does not matter."""
         raise NotImplementedError
 
     def each(self, f: Callable[..., Array], *others: Any) -> Any:
@@ -94,11 +113,17 @@ class Store(struct.Value):
         return self.each(lambda x, heads, rest: storage.resize(x, slots, rest))
 
 
-class Codec(Protocol):
+class Codec:
     """Makes stores. Hashable, so that a plan is static."""
 
     def empty(self, rows: int, heads: int, slots: int, width: int | None, dtype: DType) -> Any:
         """An empty store; `dtype` is what the model computes in, `width` None for one number a slot (plain only)."""
+        raise NotImplementedError
+
+    def pair(self, rows: int, heads: int, slots: int, widths: tuple[int, int], dtype: DType) -> tuple[Any, Any]:
+        """Empty stores for keys and for values, for a layout that keeps position t in slot t."""
+        keys, values = (self.empty(rows, heads, slots, width, dtype) for width in widths)
+        return keys, values
 
 
 __all__ = ["Segment", "Store", "Codec"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvjax.checkpoint.families import gpt2, llama, mistral, qwen2, qwen3
+from kvjax.checkpoint.families import gemma2, gemma3, gpt2, llama, mistral, qwen2, qwen3
 
-FAMILIES = {f.FAMILY.model_type: f.FAMILY for f in (gpt2, llama, mistral, qwen2, qwen3)}
+FAMILIES = {f.FAMILY.model_type: f.FAMILY for f in (gemma2, gemma3, gpt2, llama, mistral, qwen2, qwen3)}
 
 __all__ = ["FAMILIES"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvjax.checkpoint import rotary
 from kvjax.checkpoint.families.llama import IGNORED, RULES, SHAPE_KEYS, shape
 from kvjax.checkpoint.fields import Fields, Keys
@@ -33,6 +35,20 @@ def windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
         if type(first) is not int or first < 0:
             raise CheckpointError(f"config.json: max_window_layers must be an integer from 0, not {show(first)}")
         return tuple(window if i >= first else None for i in range(layers))
+    return by_type(types, layers, window)
+
+
+def by_type(types: Any, layers: int, window: int | None) -> tuple[int | None, ...]:
+    """Per layer, how far it sees, by the names in `layer_types`.
+
+    Args:
+        types: the value in config.json.
+        layers: how many there are.
+        window: of the sliding ones; None is none.
+
+    Raises:
+        CheckpointError: a list of another length, of an unknown kind, or sliding without a window.
+    """
     if not isinstance(types, list) or len(types) != layers:
         raise CheckpointError(f"config.json: layer_types must be a list of {layers} names, not {show(types)}")
     if unknown := [t for t in types if t not in ("full_attention", "sliding_attention")]:
@@ -69,4 +85,4 @@ FAMILY = Family(
     ignored=IGNORED,
 )
 
-__all__ = ["FAMILY", "WINDOW_KEYS", "windows"]
+__all__ = ["FAMILY", "WINDOW_KEYS", "by_type", "windows"]

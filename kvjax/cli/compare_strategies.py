@@ -1,0 +1,171 @@
+"""`kvjax compare`: what could be kept of a text, side by side: bytes, FLOPs, time, and whether the tokens are equal."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+import kvjax
+from kvjax.costs import Flops
+from kvjax.errors import InputError
+from kvjax.lm import load
+from kvjax.strategies import OPERATIONS, Comparison, Row, compare, sentences, without_rotation
+
+CONTEXT = 512
+"""Tokens that rows have and get unless told otherwise, or as many as the model has positions."""
+
+COMPONENTS = ("projections", "scores", "ffn", "head", "norms")
+UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compares on stdout, as tables, as Markdown or as one JSON object; a progress bar on stderr."""
+    lm = load(args.model, dtype=args.dtype)
+    model, name = lm.model, lm.name
+    room = model.max_positions or CONTEXT
+    context = min(room, CONTEXT) - args.tokens if args.context is None else args.context
+    if context < 1:
+        raise InputError(f"compare: --tokens {args.tokens} leaves no context in {room} positions; give fewer")
+    if args.no_rotation:
+        size = max(room, context + args.tokens)
+        model, name = (
+            without_rotation(model.config, size, args.dtype or "float32"),
+            f"{name}, random, learned positions",
+        )
+    with tqdm(file=sys.stderr, disable=None, leave=False, dynamic_ncols=True, bar_format="{desc:<34}{bar}") as bar:
+
+        def watch(what: str, done: int, of: int) -> None:
+            bar.total, bar.n = of, done
+            bar.set_description_str(what)
+
+        made = compare(
+            model,
+            batch=args.batch,
+            context=context,
+            new=args.tokens,
+            edited=min(args.edit, context),
+            rounds=args.rounds,
+            watch=watch,
+        )
+    about = {"model": name, "dtype": str(model.params["embed"]["table"].dtype), **machine()}
+    if args.json:
+        print(json.dumps(about | as_json(made)))
+    else:
+        print((_markdown if args.markdown else _text)(about, made))
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what something was measured."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": metadata.version("jax"),
+        "kvjax": kvjax.__version__,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def as_json(made: Comparison) -> dict[str, Any]:
+    """What `--json` adds to model and machine: FLOPs are of one step of all rows, seconds one figure a round."""
+    return {
+        "batch": made.batch,
+        "context": made.context,
+        "new_tokens": made.new,
+        "edited": made.edited,
+        "capacity": made.capacity,
+        "strategies": [dataclasses.asdict(row) for row in made.rows],
+        "sentences": sentences(made),
+    }
+
+
+def _tables(made: Comparison) -> list[list[Sequence[str]]]:
+    """Three tables of cells, the first row their heads: bytes and tokens, FLOPs, times."""
+    rows = [row for row in made.rows if row.refused is None]
+    least = min(row.predicted.contractions for row in rows) / made.batch
+    size, unit = next(((size, unit) for size, unit in UNITS if least >= size), (1.0, "FLOP"))
+
+    def flops(label: str, values: Flops, note: str) -> Sequence[str]:
+        parts = [getattr(values, name) for name in COMPONENTS]
+        return (label, *(_short(part / made.batch / size) for part in (*parts, sum(parts))), note)
+
+    kept = [("what is kept", "bytes predicted", "bytes of arrays", "new tokens")]
+    work: list[Sequence[str]] = [(f"{unit} a token", *COMPONENTS, "all", "counted")]
+    times: list[Sequence[str]] = [("milliseconds", *("a token" if name == "token" else name for name in OPERATIONS))]
+    for row in rows:
+        kept.append((row.name, f"{row.predicted_nbytes:,}", f"{row.nbytes:,}", row.tokens))
+        work.append(flops(row.name, row.predicted, "equal" if row.counted == row.predicted else "differ"))
+        if row.counted != row.predicted:
+            work.append(flops("  counted", row.counted, ""))
+        times.append((row.name, *("-" if t is None else f"{1e3 * t:,.3f}" for t in map(row.median, OPERATIONS))))
+    return [list(kept), work, times]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.{2 if value < 10 else 1 if value < 1000 else 0}f}"
+
+
+def _heading(about: dict[str, Any], made: Comparison) -> list[str]:
+    rounds = len(next(row for row in made.rows if row.refused is None).seconds["token"])
+    rows = "1 row" if made.batch == 1 else f"{made.batch} rows"
+    return [
+        f"{about['model']}, {about['dtype']}: {rows}, {made.context} tokens and {made.new} new ones",
+        f"times: medians of {rounds} rounds in turn; an edit goes back {made.edited} tokens and feeds others, "
+        f"resuming runs as many again from layer {made.config.num_layers // 2} on",
+        f"{about['device']}, {about['cores']} cores, load {about['load']}; jax {about['jax']}, "
+        f"Python {about['python']}, kvjax {about['kvjax']}; {about['day']}",
+    ]
+
+
+def _refusals(rows: Sequence[Row]) -> list[str]:
+    return [f"{row.name}: {row.refused}" for row in rows if row.refused is not None]
+
+
+def _text(about: dict[str, Any], made: Comparison) -> str:
+    lines = [line for text in _heading(about, made) for line in textwrap.wrap(text, 80)]
+    for table in _tables(made):
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        lines.append("")
+        for row in table:
+            cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            lines.append("  ".join(cells).rstrip())
+    for text in (*_refusals(made.rows), *sentences(made)):
+        lines += ["", *textwrap.wrap(text, 80)]
+    return "\n".join(lines)
+
+
+def _markdown(about: dict[str, Any], made: Comparison) -> str:
+    lines = ["  \n".join(_heading(about, made))]
+    for table in _tables(made):
+        lines += ["", f"| {' | '.join(table[0])} |", f"|---|{'---:|' * (len(table[0]) - 1)}"]
+        lines += [f"| {' | '.join(row)} |" for row in table[1:]]
+    for text in (*_refusals(made.rows), *sentences(made)):
+        lines += ["", text]
+    return "\n".join(lines)
+
+
+__all__ = ["run", "machine", "as_json"]

@@ -1,0 +1,215 @@
+"""What the contract suite runs on: a case, tiny models, and prompts; few shapes, so that programs are shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import caches, sampling
+from kvjax.caches.base import Cache
+from kvjax.config import Config
+from kvjax.loops.decode import prefill, step
+from kvjax.model import Model, decoder, init_cache
+from kvjax.ops.attention import EMPTY
+from kvjax.params import init_params
+from kvjax.types import Array
+
+VOCAB, WINDOW, BATCH, CAPACITY, STEPS = 96, 6, 3, 96, 12
+PROMPTS = np.array([16, 7, 1], np.int32)
+"""Lengths of a ragged batch of prompts: a whole bucket, a part of one, a single token."""
+
+FULL = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False)
+WINDOWED = dataclasses.replace(FULL, windows=(WINDOW, WINDOW))
+MIXED = dataclasses.replace(FULL, windows=(WINDOW, None))
+SAMPLER = sampling.chain(sampling.temperature(0.9))
+
+
+@functools.cache
+def tiny(config: Config = FULL, seed: int = 0, dtype: Any = None) -> Model:
+    """A random decoder, in float32, or float64 where JAX has it enabled.
+
+    Its weights are 20 times larger than at initialisation: otherwise it repeats a few tokens.
+    """
+    params = init_params(config, jax.random.key(seed), jnp.result_type(float) if dtype is None else dtype)
+    return decoder(config, jax.tree.map(lambda x: x * 20 if x.ndim > 1 else x, params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A plan, a model that it is right on, and what it promises there.
+
+    Args:
+        name: for people.
+        plan: under test.
+        config: of a tiny random model of this library.
+        reference: the plan that computes the same from scratch.
+        keeps: whether there are keys and values to look at.
+        slack: tokens that a row can be rewound; None is any number.
+        exact: whether it gives the tokens of the reference; else only its bookkeeping is promised.
+        refuses: operations that it cannot do at all, each a row of `kvjax.testing.REFUSED`.
+        begin: `(model, plan, batch, capacity) -> Cache` for plans whose caches do not begin empty; None is
+            `init_cache`.
+        scarce: for kinds whose layers share something that can run out, a plan that has enough for the prompts of the
+            suite, 16, 7 and 1 tokens, and not for a token more in the first row.
+    """
+
+    name: str
+    plan: Any
+    config: Config = MIXED
+    reference: Any = caches.recompute()
+    keeps: bool = True
+    slack: int | None = None
+    exact: bool = True
+    refuses: tuple[str, ...] = ()
+    begin: Callable[..., Cache] | None = None
+    scarce: Any = None
+
+    @property
+    def model(self) -> Model:
+        """The model, made once."""
+        return tiny(self.config)
+
+    def seeded(self, seed: int) -> Model:
+        """The model with other weights."""
+        return tiny(self.config, seed)
+
+    def empty(self, batch: int = BATCH, capacity: int = CAPACITY) -> Cache:
+        """A cache that nothing was fed to."""
+        return self.empty_for(self.model, batch, capacity)
+
+    def empty_for(self, model: Model, batch: int = BATCH, capacity: int = CAPACITY) -> Cache:
+        """A cache for another model with as many layers."""
+        return (self.begin or _begin)(model, self.plan, batch, capacity)
+
+    def filled(self, seed: int = 0, valid: Any = PROMPTS) -> tuple[Array, Cache]:
+        """Logits and a cache after a ragged prefill."""
+        return prefill(self.model, self.empty(len(valid)), prompt_ids(seed, len(valid)), valid)
+
+    def fed(self, lengths: Any) -> tuple[Array, Cache]:
+        """Logits and a cache with rows of any lengths, fed in chunks of 16 so that no further program is compiled."""
+        return _fed(self.model, self.empty(len(lengths)), np.asarray(lengths))
+
+    def but(self, plan: Any) -> Case:
+        """The same with another plan."""
+        return dataclasses.replace(self, plan=plan)
+
+
+def _begin(model: Model, plan: Any, batch: int, capacity: int) -> Cache:
+    return init_cache(model, plan, batch=batch, capacity=capacity)
+
+
+def prompt_ids(seed: int = 0, batch: int = BATCH, length: int = 16, vocab: int = VOCAB) -> np.ndarray:
+    """`[batch, length]` int32, random."""
+    return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
+
+
+def _fed(model: Model, cache: Cache, lengths: np.ndarray) -> tuple[Array, Cache]:
+    ids, at = prompt_ids(5, len(lengths), cache.capacity), 0
+    logits = np.zeros((len(lengths), VOCAB), np.float32)
+    while (valid := np.clip(lengths - at, 0, 16)).any():
+        new, cache = prefill(model, cache, ids[:, at : at + 16], valid)
+        logits, at = np.where(valid[:, None] > 0, new, logits), at + 16
+    return jnp.asarray(logits), cache
+
+
+def steps_over(model: Model, cache: Cache, tokens: Sequence[Any]) -> tuple[np.ndarray, Cache]:
+    """Feeds `tokens[n, B]` step by step: logits `[n, B, V]` and the cache."""
+    found = []
+    for each in tokens:
+        logits, cache = step(model, cache, each)
+        found.append(np.asarray(logits))
+    return np.array(found), cache
+
+
+# ---------------------------------------------------------------- looking and comparing
+
+
+def expect(good: Any, what: str) -> None:
+    """Raises AssertionError with `what` unless `good`; unlike `assert` also under `python -O`."""
+    if not bool(good):
+        raise AssertionError(what)
+
+
+def bits(tree: Any) -> list[bytes]:
+    """Every leaf as bytes."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def equal(a: Any, b: Any, what: str) -> None:
+    """Raises AssertionError unless two arrays, or trees of them, are equal bit by bit."""
+    expect(bits(a) == bits(b), f"{what}: not equal")
+
+
+def kept(cache: Cache) -> dict[str, np.ndarray]:
+    """What live slots hold, in the order of the text: `"keys 0 2"` of layer 0 and row 2 is `[K, n, D]`."""
+    found = {}
+    for layer, node in enumerate(cache.layers):
+        if node.replays:
+            continue
+        keys, values, places = (np.asarray(x) for x in node.contents(cache.lengths, cache.shared))
+        for row, at in enumerate(places):
+            order = np.argsort(at, kind="stable")[: int((at != EMPTY).sum())]
+            found[f"positions {layer} {row}"] = at[order]
+            found[f"keys {layer} {row}"], found[f"values {layer} {row}"] = keys[row][:, order], values[row][:, order]
+    return found
+
+
+def slots(cache: Cache, row: int) -> list[bytes]:
+    """What all slots of a row hold, whether live or not."""
+    every = [node.contents(cache.lengths, cache.shared)[:2] for node in cache.layers if not node.replays]
+    return [np.asarray(x)[row].tobytes() for pair in every for x in pair]
+
+
+def same(cache: Cache, other: Cache, what: str, row: int | None = None, other_row: int | None = None) -> None:
+    """Raises AssertionError unless lengths, tokens, and what live slots hold are equal bit by bit.
+
+    Args:
+        cache, other: to compare.
+        what: for the message.
+        row, other_row: only this row, which is `other_row` in the other cache; None compares all.
+    """
+    pairs = (
+        [(row, row if other_row is None else other_row)] if row is not None else [(r, r) for r in range(cache.batch)]
+    )
+    expect(row is not None or cache.batch == other.batch, f"{what}: {cache.batch} rows for {other.batch}")
+    mine, theirs = kept(cache), kept(other)
+    tokens, others, sizes, wanted = (np.asarray(x) for x in (cache.tokens, other.tokens, cache.lengths, other.lengths))
+    for a, b in pairs:
+        size, want = int(sizes[a]), int(wanted[b])
+        expect(size == want, f"{what}: row {a} has length {size}, not {want}")
+        equal(tokens[a, :size], others[b, :size], f"{what}: tokens of row {a}")
+        for layer in range(len(cache.layers)):
+            for name in ("positions", "keys", "values"):
+                if f"{name} {layer} {a}" in mine or f"{name} {layer} {b}" in theirs:
+                    ours = mine[f"{name} {layer} {a}"]
+                    equal(ours, theirs[f"{name} {layer} {b}"], f"{what}: {name} of layer {layer}, row {a}")
+
+
+__all__ = [
+    "Case",
+    "tiny",
+    "prompt_ids",
+    "steps_over",
+    "expect",
+    "bits",
+    "equal",
+    "kept",
+    "slots",
+    "same",
+    "FULL",
+    "WINDOWED",
+    "MIXED",
+    "WINDOW",
+    "VOCAB",
+    "BATCH",
+    "CAPACITY",
+    "STEPS",
+    "PROMPTS",
+    "SAMPLER",
+]

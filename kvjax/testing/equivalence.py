@@ -1,0 +1,446 @@
+"""The same tokens as recomputing from scratch, shown on any model, plan and algorithm.
+
+A first difference counts as a tie only if the recomputed scores of the two choices differ by less than 1e-5 of the
+largest logit; ties are listed, and are at most 1 in 10,000 tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import caches, sampling
+from kvjax.errors import InputError
+from kvjax.loops.decode import bucket, decode, prefill, step
+from kvjax.model import Model, forward, init_cache
+from kvjax.types import Array
+
+TIE, TIES, DISTINCT, SEEDS = 1e-5, 10_000, 16, (0, 1, 2)
+LENGTHS = (16, 7, 1)
+"""Of the prompts that are drawn when none are given."""
+
+
+# ---------------------------------------------------------------- algorithms
+
+
+class Algorithm(Protocol):
+    """Makes tokens; anything with a name and these two functions is one."""
+
+    name: str
+    steps: int
+
+    def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
+        """From a prefilled cache and its logits: new tokens `[B, steps]`, and the logits after the last."""
+
+    def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
+        """What it compares when it chooses the token after `length` tokens: `[B, V]` from logits `[B, V]`."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Greedy:
+    """See `greedy`."""
+
+    steps: int
+    scan: bool
+    name: str = "greedy"
+    sampler: Any = dataclasses.field(default_factory=sampling.greedy)
+
+    def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
+        """See `Algorithm`."""
+        if self.scan:
+            tokens, logits, cache = decode(model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds)
+        else:
+            tokens, logits, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
+        cache.check()
+        return np.asarray(tokens), logits
+
+    def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
+        """See `Algorithm`."""
+        return logits
+
+
+class Sampled(Greedy):
+    """See `sampled`."""
+
+    def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
+        """See `Algorithm`."""
+        for each in self.sampler.filters:
+            logits = each(logits)
+        keys = sampling.position_keys(sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), jnp.full(len(seeds), length))
+        return logits + jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+
+
+def greedy(steps: int = 64, *, scan: bool = True) -> Greedy:
+    """The most probable token, `steps` times; in one scan, or in a loop of `kvjax.step`."""
+    return Greedy(steps, scan, "greedy" if scan else "greedy, steps")
+
+
+def sampled(sampler: Any = None, steps: int = 64, *, scan: bool = True) -> Sampled:
+    """Draws, `steps` times; row r of seed s is drawn with seed s + r.
+
+    Args:
+        sampler: a chain of filters, None for `chain(temperature(0.9))`.
+        steps: new tokens a row.
+        scan: in one scan, or in a loop of `kvjax.step`.
+    """
+    chosen = sampling.chain(sampling.temperature(0.9)) if sampler is None else sampler
+    if not isinstance(chosen, sampling.Chain):
+        raise InputError(f"testing.sampled: sampler must be a sampling.chain(…), not {sampler!r}")
+    return Sampled(steps, scan, "sampled" if scan else "sampled, steps", chosen)
+
+
+def step_loop(
+    model: Model, cache: Any, logits: Array, steps: int, sampler: Any, seeds: np.ndarray
+) -> tuple[np.ndarray, Array, Any]:
+    """What `kvjax.decode` does in one scan, as a loop of `kvjax.step`: tokens `[B, steps]`, logits and the cache."""
+    keys, found = sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), []
+    for _ in range(steps):
+        found.append(sampler(logits, sampling.position_keys(keys, cache.lengths)))
+        logits, cache = step(model, cache, found[-1])
+    return np.stack(found, axis=1), logits, cache
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Against:
+    """See `against`."""
+
+    plan: Any
+    reference: Any
+
+
+def against(plan: Any, reference: Any) -> Against:
+    """A plan whose reference is not `caches.recompute()`: a ring on layers that see everything, for one."""
+    return Against(plan, reference)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Where tokens first differ in a row.
+
+    Args:
+        seed, row, position: of the run, in the batch, among the new tokens.
+        want, got: ids of the reference and of the plan.
+        gap: between their recomputed scores.
+        top: the largest recomputed logit, in magnitude.
+    """
+
+    seed: int
+    row: int
+    position: int
+    want: int
+    got: int
+    gap: float
+    top: float
+
+    @property
+    def tie(self) -> bool:
+        """Whether the two choices were equally good."""
+        return self.gap < TIE * self.top
+
+    def __str__(self) -> str:
+        where = f"seed {self.seed}, row {self.row}, new token {self.position}"
+        return f"{where}: {self.want} became {self.got}, gap {self.gap:.2g}, top {self.top:.3g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One plan under one algorithm.
+
+    Args:
+        plan, algorithm: their names.
+        tokens: compared, up to the first difference of a row.
+        differences: first differences of rows, ties among them.
+        worst: largest |Δlogit| over the largest |logit|, after prompts and over the reference's tokens fed one by one.
+        limit: what `worst` must not pass: 1e-12 in float64, None in other precisions.
+        distinct: fewest distinct tokens in a compared row.
+        least: how many there must be for the row to prove anything.
+    """
+
+    plan: str
+    algorithm: str
+    tokens: int
+    differences: tuple[Difference, ...]
+    worst: float
+    limit: float | None
+    distinct: int
+    least: int
+
+    @property
+    def ties(self) -> tuple[Difference, ...]:
+        """First differences that count as ties."""
+        return tuple(each for each in self.differences if each.tie)
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """Everything that is not as promised, in words."""
+        found = [str(each) for each in self.differences if not each.tie]
+        if len(self.ties) * TIES > self.tokens:
+            found.append(f"{len(self.ties)} ties in {self.tokens} tokens are more than 1 in {TIES}")
+        if self.limit is not None and not self.worst <= self.limit:
+            found.append(f"logits differ by {self.worst:.1e} of the largest, more than {self.limit:.0e}")
+        if self.distinct < self.least:
+            found.append(f"a row has {self.distinct} distinct tokens, fewer than {self.least}: this would prove little")
+        return tuple(found)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it keeps the promise."""
+        return not self.wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `check_equivalence` found; `str(report)` is a table of at most 80 columns.
+
+    Args:
+        outcomes: one for each plan and algorithm.
+    """
+
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every plan keeps the promise under every algorithm."""
+        return all(each.ok for each in self.outcomes)
+
+    def raise_if_failed(self) -> Report:
+        """Itself.
+
+        Raises:
+            AssertionError: with the table, if something is not as promised.
+        """
+        if not self.ok:
+            raise AssertionError(f"check_equivalence\n{self}")
+        return self
+
+    def __str__(self) -> str:
+        lines = [f"{'plan':<30} {'algorithm':<16} {'tokens':>7} {'ties':>4} {'worst':>8}  result"]
+        for each in self.outcomes:
+            name, how = (
+                text if len(text) <= n else text[: n - 1] + "…" for text, n in ((each.plan, 30), (each.algorithm, 16))
+            )
+            result = "equal" if each.ok else "FAILED"
+            lines.append(f"{name:<30} {how:<16} {each.tokens:>7} {len(each.ties):>4} {each.worst:>8.1e}  {result}")
+            lines += [f"  {text}" for text in each.wrong] + [f"  tie: {tie}" for tie in each.ties]
+        return "\n".join(lines)
+
+
+def check_equivalence(
+    model: Model,
+    plans: Any,
+    algorithms: Sequence[Algorithm] | None = None,
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+    seeds: Sequence[int] = SEEDS,
+    splits: Sequence[Sequence[int]] | None = None,
+    distinct: int = DISTINCT,
+) -> Report:
+    """Shows that plans give a model's tokens as recomputing everything from scratch does.
+
+    Every plan runs every algorithm on a ragged batch, at every seed, with the prompts fed whole and in chunks.
+
+    Args:
+        model: any `Model`.
+        plans: a list of plans, or a dict from names to plans; each a kind, a tuple with one a layer, None for the
+            default, or `testing.against(plan, reference)`.
+        algorithms: `testing.greedy()`, `testing.sampled()`, or anything like `testing.Algorithm`; None is these two.
+        prompts: a batch of lists of ids; None draws random ids, 16, 7 and 1 in a row, anew for each seed.
+        seeds: of prompts that are drawn and of sampling. The promise is made for 0, 1 and 2.
+        splits: ways to cut the prompts into chunks of so many tokens; None is whole, in two uneven pieces, in three,
+            and one by one.
+        distinct: how many distinct tokens a compared row must have. A model that repeats itself proves little.
+
+    Returns:
+        A report; `print(report)`, `report.ok`, `report.raise_if_failed()`.
+
+    Raises:
+        InputError: no plans, or an empty prompt.
+    """
+    named = _named(plans)
+    chosen = (greedy(), sampled()) if algorithms is None else tuple(algorithms)
+    if not named or not chosen:
+        raise InputError("check_equivalence: give at least one plan and one algorithm")
+    vocab = jax.eval_shape(forward, model, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
+    batches = {seed: _batch(prompts, seed, vocab) for seed in seeds}
+    cuts = cuts_of(max(int(lengths.max()) for _, lengths in batches.values())) if splits is None else splits
+    found, wanted = [], {}
+    for name, plan, reference in named:
+        for algorithm in chosen:
+            one: list[_One] = []
+            for seed, (ids, lengths) in batches.items():
+                run = _Run(model, algorithm, ids, lengths, seed)
+                key = (reference, id(algorithm), seed)
+                if key not in wanted:
+                    wanted[key] = run.reference(reference)
+                one += [run.compare(plan, reference, wanted[key], cut) for cut in cuts]
+            found.append(_outcome(name, algorithm.name, one, distinct))
+    return Report(tuple(found))
+
+
+class _One:
+    """What one run of a plan gave."""
+
+    def __init__(self, tokens: int, differences: list[Difference], worst: float, distinct: int, dtype: Any) -> None:
+        self.tokens, self.differences, self.worst = tokens, differences, worst
+        self.distinct, self.dtype = distinct, dtype
+
+
+def _outcome(plan: str, algorithm: str, runs: list[_One], least: int) -> Outcome:
+    return Outcome(
+        plan,
+        algorithm,
+        sum(run.tokens for run in runs),
+        tuple(each for run in runs for each in run.differences),
+        max(run.worst for run in runs),
+        1e-12 if all(run.dtype == jnp.float64 for run in runs) else None,
+        min(run.distinct for run in runs),
+        least,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """One algorithm on one batch of prompts."""
+
+    model: Model
+    algorithm: Any
+    ids: np.ndarray
+    lengths: np.ndarray
+    seed: int
+
+    @property
+    def seeds(self) -> np.ndarray:
+        return (self.seed + np.arange(len(self.ids))).astype(np.uint32)
+
+    @property
+    def capacity(self) -> int:
+        return -(-(self.ids.shape[1] + self.algorithm.steps) // 32) * 32
+
+    def prefilled(self, plan: Any, cut: Sequence[int]) -> tuple[Array, Any]:
+        cache = init_cache(self.model, plan, batch=len(self.ids), capacity=self.capacity)
+        return fed_in_chunks(self.model, cache, self.ids, self.lengths, cut)
+
+    def reference(self, plan: Any) -> tuple[np.ndarray, np.ndarray]:
+        """New tokens, and logits of every position over them."""
+        logits, cache = self.prefilled(plan, (self.ids.shape[1],))
+        tokens, _ = self.algorithm.tokens(self.model, cache, logits, self.seeds)
+        return tokens, self.taught(plan, tokens, (self.ids.shape[1],))
+
+    def taught(self, plan: Any, tokens: np.ndarray, cut: Sequence[int]) -> np.ndarray:
+        """Logits `[1 + steps, B, V]` after the prompt and after each of the new tokens."""
+        logits, cache = self.prefilled(plan, cut)
+        found = [np.asarray(logits)]
+        for each in tokens.T:
+            logits, cache = step(self.model, cache, each)
+            found.append(np.asarray(logits))
+        return np.stack(found)
+
+    def compare(self, plan: Any, reference: Any, wanted: tuple[np.ndarray, np.ndarray], cut: Sequence[int]) -> _One:
+        want, logits = wanted
+        start, cache = self.prefilled(plan, cut)
+        got, _ = self.algorithm.tokens(self.model, cache, start, self.seeds)
+        mine = self.taught(plan, want, cut)
+        worst = float(np.max(np.abs(mine - logits)) / np.max(np.abs(logits)))
+        tokens, differences = 0, []
+        for row in range(len(want)):
+            different = np.flatnonzero(want[row] != got[row])
+            tokens += want.shape[1] if not different.size else int(different[0]) + 1
+            if different.size:
+                at = int(different[0])
+                text = np.concatenate([self.ids[row, : self.lengths[row]], want[row, :at]])
+                scores, top = self.rescored(reference, text, row)
+                gap = abs(float(scores[want[row, at]]) - float(scores[got[row, at]]))
+                differences.append(Difference(self.seed, row, at, int(want[row, at]), int(got[row, at]), gap, top))
+        return _One(tokens, differences, worst, min(len(set(row)) for row in want.tolist()), mine.dtype)
+
+    def rescored(self, plan: Any, text: np.ndarray, row: int) -> tuple[np.ndarray, float]:
+        """Recomputed from scratch: what the algorithm compares after `text`, and the largest logit."""
+        size = bucket(self.capacity)
+        rows = np.tile(np.pad(text, (0, size - len(text))), (len(self.ids), 1))
+        cache = init_cache(self.model, plan, batch=len(rows), capacity=size)
+        logits, _ = prefill(self.model, cache, rows, np.full(len(rows), len(text), np.int32))
+        found = self.algorithm.scores(logits, len(text), self.seeds)
+        return np.asarray(found)[row], float(jnp.max(jnp.abs(logits[row])))
+
+
+def fed_in_chunks(
+    model: Model, cache: Any, ids: np.ndarray, lengths: np.ndarray, cut: Sequence[int]
+) -> tuple[Array, Any]:
+    """Prefills `ids[B, S]` in chunks of so many tokens: logits after each row's last, and the cache."""
+    logits, at = None, 0
+    for size in cut:
+        valid = np.clip(lengths - at, 0, size)
+        new, cache = prefill(model, cache, ids[:, at : at + size], valid)
+        logits = new if logits is None else jnp.where(valid[:, None] > 0, new, logits)
+        at += size
+    if logits is None or at < ids.shape[1]:
+        raise InputError(f"splits: {tuple(cut)} are {at} tokens, the longest prompt has {ids.shape[1]}")
+    return logits, cache
+
+
+def cuts_of(longest: int) -> tuple[tuple[int, ...], ...]:
+    """Ways to cut a prompt: whole, in two uneven pieces, in three, and one by one (at most 16 of these)."""
+    third, half, ones = longest // 3, longest // 2, min(longest, 16)
+    every = [(longest,), (third, longest - third), (half + 1, 1, longest - half - 2), (1,) * ones + (longest - ones,)]
+    made = [tuple(size for size in cut if size > 0) for cut in every]
+    return tuple(dict.fromkeys(cut for cut in made if sum(cut) == longest))
+
+
+def _batch(prompts: Sequence[Sequence[int]] | None, seed: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    if prompts is None:
+        ids = np.random.default_rng(seed).integers(0, vocab, (len(LENGTHS), max(LENGTHS))).astype(np.int32)
+        return ids, np.array(LENGTHS, np.int32)
+    lengths = np.array([len(row) for row in prompts], np.int32)
+    if not lengths.size or not lengths.all():
+        raise InputError("check_equivalence: a prompt is empty; give at least one id a row")
+    ids = np.zeros((len(lengths), int(lengths.max())), np.int32)
+    for row, values in enumerate(prompts):
+        ids[row, : len(values)] = values
+    return ids, lengths
+
+
+def _named(plans: Any) -> list[tuple[str, Any, Any]]:
+    items = plans.items() if isinstance(plans, Mapping) else [(None, plan) for plan in plans]
+    found = []
+    for name, plan in items:
+        pair = plan if isinstance(plan, Against) else Against(plan, caches.recompute())
+        found.append((name or plan_name(pair.plan), pair.plan, pair.reference))
+    return found
+
+
+def plan_name(plan: Any) -> str:
+    """A plan in a few words: `ring(window=6, slack=4)`, and what is empty or off left out."""
+    if plan is None:
+        return "default"
+    if isinstance(plan, tuple | list):
+        return " + ".join(plan_name(kind) for kind in plan)
+    if not dataclasses.is_dataclass(plan):
+        return str(plan)
+    values = ((field.name, getattr(plan, field.name)) for field in dataclasses.fields(plan))
+    shown = ", ".join(f"{name}={value}" for name, value in values if type(value) is int and value)
+    return f"{type(plan).__name__.removesuffix('Kind').lower()}({shown})"
+
+
+__all__ = [
+    "check_equivalence",
+    "Report",
+    "Outcome",
+    "Difference",
+    "Algorithm",
+    "greedy",
+    "sampled",
+    "against",
+    "Against",
+    "step_loop",
+    "fed_in_chunks",
+    "cuts_of",
+    "plan_name",
+]

@@ -1,0 +1,100 @@
+"""A decoder written out in NumPy, one row at a time, from nothing but the parameters: no cache, no masks of kvjax's.
+
+It gives the stream at every site, and takes patches: what the tests of traces and of `resume` compare with.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from kvjax.config import NormOrder
+from kvjax.ops.norms import LayerNorm
+
+
+def norm(config, params, x):
+    if isinstance(config.norm, LayerNorm):
+        x = x - x.mean(axis=-1, keepdims=True)
+    y = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + config.norm.eps) * params["scale"]
+    return y + params["bias"] if "bias" in params else y
+
+
+def normed(config, layer, part, x):
+    return x if config.norm_order is NormOrder.POST else norm(config, layer[f"{part}_norm"], x)
+
+
+def joined(config, layer, part, x, y):
+    if config.norm_order is NormOrder.PRE:
+        return x + y
+    if config.norm_order is NormOrder.SANDWICH:
+        return x + norm(config, layer[f"{part}_post_norm"], y)
+    return norm(config, layer[f"{part}_norm"], x + y)
+
+
+def linear(params, x):
+    return x @ params["kernel"] + params.get("bias", 0.0)
+
+
+def rotate(config, x, at):
+    """`x[N, heads, D]` turned to positions `at[N]`."""
+    half = config.head_dim // 2
+    angle = at[:, None, None] * config.positions.theta ** (-np.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
+
+
+def attend(config, q, k, v, window, sinks, in_cache):
+    n, group = len(q), config.query_heads // config.kv_heads
+    out = np.zeros((n, config.query_heads, config.head_dim))
+    at = np.arange(n)
+    turned = (lambda x, at: rotate(config, x, at)) if config.positions.rotates else (lambda x, at: x)
+    keys = turned(k, at)
+    for i in range(n):
+        seen = at[(at <= i) & ((window is None) | (i - at < (window or n)) | (at < sinks))]
+        far = min(i, sinks + window - 1) if in_cache else i
+        for h in range(config.query_heads):
+            near, other = (turned(q[i : i + 1, h : h + 1], np.array([p]))[0, 0] for p in (i, far))
+            scores = np.array([(other if j < sinks else near) @ keys[j, h // group] for j in seen])
+            weights = np.exp((scores - scores.max()) * config.head_dim**-0.5)
+            out[i, h] = weights @ v[seen, h // group] / weights.sum()
+    return out.reshape(n, -1)
+
+
+def run(model, tokens, patches=(), *, window=None, sinks=0, in_cache=False):
+    """Logits `[N, V]` and `{(layer, site): [N, M]}` of one row, in float64.
+
+    Args:
+        model: a decoder of kvjax's.
+        tokens: `[N]`.
+        patches: `(layer, position, vector [M])`, what the layer is given there.
+        window, sinks, in_cache: how all layers attend, in place of the model's own windows.
+    """
+    c, p = model.config, jax.tree.map(lambda x: np.asarray(x, np.float64), model.params)
+    x, sites, n = p["embed"]["table"][tokens], {}, len(tokens)
+    if "positions" in p:
+        x = x + p["positions"]["table"][:n]
+    sites[0, "embedding"] = x
+    for i in range(c.num_layers):
+        layer, x = p["layers"][str(i)], x.copy()
+        for at, position, vector in patches:
+            if at == i:
+                x[position] = vector
+        qkv = linear(layer["attn"]["qkv"], normed(c, layer, "attn", x)).reshape(n, -1, c.head_dim)
+        q, k, v = np.split(qkv, [c.query_heads, c.query_heads + c.kv_heads], axis=1)
+        y = attend(c, q, k, v, c.windows[i] if window is None else window, sinks, in_cache)
+        x = sites[i, "after_self_attention"] = joined(c, layer, "attn", x, linear(layer["attn"]["out"], y))
+        y = normed(c, layer, "ffn", x)
+        if c.gated:
+            gate, up = np.split(linear(layer["ffn"]["gate_up"], y), 2, axis=-1)
+            y = linear(layer["ffn"]["down"], gate / (1 + np.exp(-gate)) * up)  # silu
+        else:
+            y = linear(layer["ffn"]["down"], linear(layer["ffn"]["up"], y).clip(0))  # relu
+        x = sites[i, "after_ffn"] = joined(c, layer, "ffn", x, y)
+    y = norm(c, p["final_norm"], x) if "final_norm" in p else x
+    return y @ (p["embed"]["table"].T if c.tied else p["head"]["kernel"]), sites
+
+
+def gap(got, want):
+    """Largest difference over the largest of `want`; 1 for NaN."""
+    got, want = np.asarray(got, np.float64), np.asarray(want)
+    return 1.0 if np.isnan(got).any() else float(np.abs(got - want).max() / np.abs(want).max())
