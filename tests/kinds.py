@@ -82,13 +82,21 @@ TABLE = {
     caches.hybrid: (Case("hybrid", caches.hybrid(), full=True),),
     codecs.int8: (
         Case("int8", caches.dense(store=codecs.int8()), **CODES),
-        Case("ring of int8", (caches.ring(W, slack=4, store=codecs.int8()),) * 2, WINDOWED, slack=4, full=True, **CODES),
+        Case(
+            "ring of int8", (caches.ring(W, slack=4, store=codecs.int8()),) * 2, WINDOWED, slack=4, full=True, **CODES
+        ),
         Case("pages of int8", caches.paged(8, share=2, store=codecs.int8()), full=True, **CODES),
     ),
     codecs.fp8: (Case("fp8", caches.dense(store=codecs.fp8()), full=True, exact=False),),
     codecs.int4: (Case("int4", caches.dense(store=codecs.int4()), full=True, **CODES),),
     codecs.int4_channels: (
-        Case("int4 by channel", caches.dense(store=codecs.int4_channels(group=4, residual=4, slack=4)), slack=4, full=True, **CODES),
+        Case(
+            "int4 by channel",
+            caches.dense(store=codecs.int4_channels(group=4, residual=4, slack=4)),
+            slack=4,
+            full=True,
+            **CODES,
+        ),
     ),
     codecs.plain: (Case("bfloat16", caches.dense(store=codecs.plain("bfloat16")), exact=False, full=True),),
 }

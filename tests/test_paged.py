@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from models import MIXED, fed, filled, prompt_ids, tiny
 
-from kvjax import caches, struct
+import kvjax
+from kvjax import CacheError, caches, struct
 from kvjax.caches.base import PAGES, Cache, LayerShape, Project, Span
 from kvjax.caches.pages import Pages
 from kvjax.ops.attention import EMPTY
@@ -83,7 +85,7 @@ class Model:
             n = 0 if len(self.texts[row]) + n > CAPACITY else n
             need[row] = (-(-(len(self.texts[row]) + n) // PAGE) - len(self.sheets[row]), n)
         free = self.free()
-        for row in sorted(set(need) - set(refused), key=lambda row: need[row]):
+        for row in sorted(set(need) - set(refused), key=lambda row: (need[row][0], row)):
             pages, n = need[row]
             if pages > free:
                 refused.append(row)
@@ -267,7 +269,7 @@ WHOLE = ROWS * CAPACITY // PAGE
 POOLS = [(1, WHOLE), (2, 7), *(pytest.param(*x, marks=pytest.mark.full) for x in ((2, WHOLE), (1, 7), (3, 9)))]
 
 
-def check(share, pool, pages=Pages, examples=15):
+def check(share, pool, pages=Pages, examples=40):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
     @given(st.data())
     def run(data):
@@ -312,3 +314,134 @@ class BigFirst(Pages):
 def test_the_check_catches(mutant):
     with pytest.raises(AssertionError):
         check(2, 7, mutant, 60)
+
+
+# ------------------------------------------------------------------------------------------------- under a real model
+
+MODEL = tiny(MIXED)
+LONG = np.array([40, 7, 21], np.int32)
+
+
+def steps(cache, tokens):
+    """Logits `[n, B, V]` of tokens `[n, B]` fed one by one."""
+    found = []
+    for row in tokens:
+        logits, cache = kvjax.step(MODEL, cache, row)
+        found.append(np.asarray(logits))
+    return np.array(found), cache
+
+
+def close(got, want):
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("share", [1, 2])
+def test_more_rows_times_capacity_than_pages_give_what_dense_gives(share):
+    plan = caches.paged(8, pages=14, share=share)  # 3 x 96 slots would be 36
+    want, whole = fed(MODEL, caches.dense(), LONG)
+    got, cache = fed(MODEL, plan, LONG)
+    close(got, want)
+    for change in (
+        lambda c: c,
+        lambda c: c.take([2, 1, 2]),
+        lambda c: c.fork(2).rewind([33, 40, 7, 2, 0, 21]).take([1, 3, 4]),
+    ):
+        if share == 1 and change(whole).lengths[1] == 2:
+            continue  # a fork of all needs as many pages again
+        tokens = prompt_ids(7, 10)[:, :3]
+        (ours, after), (theirs, _) = steps(change(cache), tokens), steps(change(whole), tokens)
+        close(ours, theirs)
+        after.check()
+
+
+def test_a_fork_shares_the_full_pages_and_writes_to_its_own():
+    _, cache = fed(MODEL, caches.paged(8, share=4), LONG)
+    used = lambda c: int(np.asarray(~c.shared["pages"].free).sum())  # noqa: E731
+    assert used(cache) == 5 + 1 + 3
+    forked = cache.fork(4)
+    assert used(forked) == (4 + 4) + (0 + 4) + (2 + 4), "the last page of each row is its own, the others are one"
+    assert used(cache.fork(5)) == 2 * 4 + 5 + 5 + 2 * 2 + 5, "a fifth row begins a copy for the next four"
+    tokens = prompt_ids(8, 4, 12)
+    ours, forked = steps(forked, tokens)
+    theirs, _ = steps(fed(MODEL, caches.dense(), LONG)[1].fork(4), tokens)
+    close(ours, theirs)
+    assert used(forked.release(np.arange(1, 12))) == 6, "what only one row reads is its own"
+    assert used(forked.release(np.arange(12))) == 0
+
+
+def test_a_tree_kept_inside_shared_pages_leaves_the_other_rows_alone():
+    logits, cache = fed(MODEL, caches.paged(8, share=3), LONG)
+    _, whole = fed(MODEL, caches.dense(), LONG)
+    start, path, counts = np.array([13, 2, 9] * 3) + 0, np.array([[0, 2, 4], [0, 1, 2], [1, 3, 6]] * 3), [3, 2, 1] * 3
+    rows = [0, 1, 2] * 3
+    counts = np.array(counts) * np.array([1] * 6 + [0] * 3)
+    start = np.where(counts > 0, start, LONG[rows])
+    (ours, _), (theirs, _) = (
+        steps(c.take(rows).keep(start, path, counts), prompt_ids(7, 5, 9)) for c in (cache, whole)
+    )
+    close(ours, theirs)
+
+
+def test_an_exhausted_pool_refuses_the_row_that_needs_most_and_says_so():
+    _, cache = fed(MODEL, caches.paged(8, pages=10), LONG)  # 5 + 1 + 3 in use
+    ids = prompt_ids(2)
+    logits, after = kvjax.prefill(MODEL, cache, ids, np.array([16, 8, 2]))
+    np.testing.assert_array_equal(after.flags, [PAGES, 0, 0])
+    np.testing.assert_array_equal(after.lengths, [40, 15, 23])
+    assert np.isnan(logits[0]).all() and not np.isnan(logits[1:]).any()
+    with pytest.raises(CacheError, match="row 0, length 40, capacity 96: the page pool was exhausted"):
+        after.check()
+    again = after.release([1]).rewind([40, 0, 23])  # what another row gave back is there for it
+    logits, again = kvjax.prefill(MODEL, again, ids, np.array([16, 0, 0]))
+    want, _ = kvjax.prefill(MODEL, fed(MODEL, caches.dense(), LONG)[1], ids, np.array([16, 0, 0]))
+    close(np.asarray(logits[0]), np.asarray(want[0]))
+    with pytest.raises(CacheError, match="row 2.*the page pool was exhausted"):
+        cache.take([0, 0, 1]).check()
+    lost = cache.take([0, 0, 1]).rewind([39, 39, 7])  # clears the flag, not what is wrong
+    _, lost = kvjax.step(MODEL, lost, ids[:, 0])
+    np.testing.assert_array_equal(lost.flags, [0, 0, PAGES])
+    with pytest.raises(CacheError, match="page pool"):
+        kvjax.generate(MODEL, ids.tolist(), plan=caches.paged(8, pages=7), max_new_tokens=20)
+
+
+def test_a_rewind_into_shared_pages_needs_a_page_and_otherwise_stays():
+    _, cache = fed(MODEL, caches.paged(8, pages=4, share=2), np.array([17, 0, 0]))
+    both = cache.take([0, 0, 1])  # pages 0 and 1 shared, the third of each its own
+    assert not np.asarray(both.shared["pages"].free).any()
+    full = both.rewind([16, 16, 0])
+    _, full = kvjax.prefill(MODEL, full, prompt_ids()[:, :1], np.array([1, 0, 0]))
+    _, full = kvjax.prefill(MODEL, full, prompt_ids()[:, :8], np.array([8, 0, 0]))
+    with pytest.raises(CacheError, match="rewind: row 1 to length 11 needs a page of its own: the page pool"):
+        full.rewind([25, 11, 0])
+    flagged = jax.jit(lambda c, to: c.rewind(to))(full, jnp.array([25, 11, 0]))
+    np.testing.assert_array_equal(flagged.flags, [0, PAGES, 0])
+    np.testing.assert_array_equal(flagged.lengths, [25, 16, 0])
+
+
+def test_a_row_of_nan_keys_does_not_reach_the_others():
+    _, cache = filled(MODEL, caches.paged(8, share=2))
+    first = int(cache.shared["pages"].table[0, 0])
+    node = cache.layers[1]
+    spoilt = node.k.data.reshape(-1, 2, 8, 8).at[first].set(jnp.nan).reshape(node.k.data.shape)
+    bad = cache.replace(layers=(cache.layers[0], node.replace(k=node.k.replace(data=spoilt))))
+    (got, _), (want, _) = (kvjax.step(MODEL, c, prompt_ids()[:, 0]) for c in (bad, cache))
+    assert np.isnan(got[0]).all() and np.asarray(got[1:]).tobytes() == np.asarray(want[1:]).tobytes()
+
+
+def test_keys_are_shown_as_dense_shows_them():
+    _, cache = filled(MODEL, caches.paged(5, share=2, store=jnp.bfloat16))
+    _, whole = filled(MODEL, caches.dense(store=jnp.bfloat16))
+    at = np.asarray(whole.positions(1))
+    np.testing.assert_array_equal(np.asarray(cache.positions(1))[:, :96], at)
+    live = np.broadcast_to((at != EMPTY)[:, None], (3, 2, 96))
+    for ours, theirs in ((cache.keys(1), whole.keys(1)), (cache.values(1), whole.values(1))):
+        assert ours.shape == (3, 2, 100, 8) and ours.dtype == theirs.dtype
+        np.testing.assert_allclose(
+            np.asarray(ours[:, :, :96], np.float32)[live], np.asarray(theirs, np.float32)[live], rtol=1e-2, atol=1e-2
+        )
+
+
+def test_numbers_below_one_are_errors():
+    for wrong in ({"page_size": 0}, {"pages": 0}, {"share": 0}, {"page_size": 2.0}):
+        with pytest.raises(kvjax.InputError, match=f"caches.paged: {next(iter(wrong))} must be a whole number"):
+            caches.paged(**wrong)

@@ -26,6 +26,7 @@ PLANS = {
     "output": caches.output(),
     "layer input": caches.layer_input(),
     "recompute": caches.traced(caches.recompute()),
+    "paged": caches.traced(caches.paged(4, share=2)),
 }
 
 
@@ -126,6 +127,16 @@ def test_decoding_goes_on_from_the_patched_run():
         want, _ = run(model, ids, [(1, 11, patch[row, 0])])
         np.testing.assert_array_equal(want[n - 1 : -1].argmax(axis=1), tokens[row])
         assert gap(after[row], want[-1]) <= EXACT
+
+
+@pytest.mark.full
+def test_rows_that_share_pages_are_patched_apart():
+    found = []
+    for name in ("paged", "hybrid"):
+        model, cache = text(name)
+        _, new = kvjax.resume(model, cache.take([0, 0, 1]), 1, [12, 19, 15], patch_of(1)[:, 0])
+        found.append(kvjax.step(model, new, np.array([1, 2, 3]))[0])
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sweep_compiles_one_program_a_bucket():

@@ -111,7 +111,8 @@ class Span(struct.Value):
             return view
         span = self if view.pages is None else self._rows(view.pages[0].reshape(-1))
         order = _for_rows(view.positions, span.start.shape[0])
-        return view.replace(positions=span.text(order), visible=span.seen(order))
+        seen = span.seen(order)
+        return view.replace(positions=span.text(order), visible=seen if view.visible is None else seen & view.visible)
 
     def seen(self, order: Array) -> Array:
         """`[B, S, T]` bool, what a tree lets each new token see of places in the order of feeding: what was there
@@ -342,6 +343,7 @@ def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: A
             v.scale,
             k_zero=k.zero,
             v_zero=v.zero,
+            visible=k.visible,
             k_decode=k.decode,
             v_decode=v.decode,
             **static,

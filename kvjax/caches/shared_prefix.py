@@ -72,7 +72,7 @@ class Prefix(Shared):
 
     def claim(self, places: Array) -> tuple[Prefix, Array]:
         """See `Shared`."""
-        below = jnp.any(places < self.length, axis=1)
+        below = jnp.any(places < self.length[:, None], axis=1)
         places = jnp.where(below[:, None], EMPTY, _before(places, self.length))
         return self._ask(lambda entry: entry.claim(places), jnp.where(below, REWIND, 0))
 
@@ -95,7 +95,9 @@ class Prefix(Shared):
             CacheError: the two prefixes differ.
         """
         at = jnp.arange(self.tokens.shape[1])[None, :]
-        same = (self.length == other.length) & jnp.all((self.tokens == other.tokens) | (at >= self.length), axis=1)
+        same = (self.length == other.length) & jnp.all(
+            (self.tokens == other.tokens) | (at >= self.length[:, None]), axis=1
+        )
         if is_concrete(same) and not bool(same[0]):
             raise CacheError("join: the rows of the other cache go on from another prefix")
         suffix, flags = ask(self.suffix, lambda entry, more: entry.join(more), jnp.where(same, 0, PREFIX), other.suffix)
@@ -170,7 +172,7 @@ class SharedPrefix(Node):
     def move(self, source: Array, target: Array, shared: Any) -> SharedPrefix:
         """See `Node`."""
         common = shared["prefix"]
-        there, here = source - common.length, _before(target, common.length)
+        there, here = source - common.length[:, None], _before(target, common.length)
         return self.replace(suffix=self.suffix.move(there, here, common.suffix))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:

@@ -174,7 +174,9 @@ def same(cache: Cache, other: Cache, what: str, row: int | None = None, other_ro
         what: for the message.
         row, other_row: only this row, which is `other_row` in the other cache; None compares all.
     """
-    pairs = [(row, row if other_row is None else other_row)] if row is not None else [(r, r) for r in range(cache.batch)]
+    pairs = (
+        [(row, row if other_row is None else other_row)] if row is not None else [(r, r) for r in range(cache.batch)]
+    )
     expect(row is not None or cache.batch == other.batch, f"{what}: {cache.batch} rows for {other.batch}")
     mine, theirs = kept(cache), kept(other)
     tokens, others, sizes, wanted = (np.asarray(x) for x in (cache.tokens, other.tokens, cache.lengths, other.lengths))

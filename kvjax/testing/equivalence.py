@@ -53,9 +53,7 @@ class Greedy:
     def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
         """See `Algorithm`."""
         if self.scan:
-            tokens, logits, cache = decode(
-                model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds
-            )
+            tokens, logits, cache = decode(model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds)
         else:
             tokens, logits, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
         cache.check()
@@ -226,7 +224,9 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'plan':<30} {'algorithm':<16} {'tokens':>7} {'ties':>4} {'worst':>8}  result"]
         for each in self.outcomes:
-            name, how = (text if len(text) <= n else text[: n - 1] + "…" for text, n in ((each.plan, 30), (each.algorithm, 16)))
+            name, how = (
+                text if len(text) <= n else text[: n - 1] + "…" for text, n in ((each.plan, 30), (each.algorithm, 16))
+            )
             result = "equal" if each.ok else "FAILED"
             lines.append(f"{name:<30} {how:<16} {each.tokens:>7} {len(each.ties):>4} {each.worst:>8.1e}  {result}")
             lines += [f"  {text}" for text in each.wrong] + [f"  tie: {tie}" for tie in each.ties]

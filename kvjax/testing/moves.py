@@ -68,7 +68,9 @@ def release(case: Case) -> None:
     bare = case.empty()
     freed = cache.release([1])
     size = int(bare.lengths[1])
-    expect(freed.lengths.tolist() == [PROMPTS[0], size, PROMPTS[2]], f"lengths {freed.lengths} after a release of row 1")
+    expect(
+        freed.lengths.tolist() == [PROMPTS[0], size, PROMPTS[2]], f"lengths {freed.lengths} after a release of row 1"
+    )
     for row in (0, 2):
         same(freed, cache, "beside a released row", row)
     again = np.where(np.arange(3) == 1, PROMPTS, 0)
@@ -138,8 +140,10 @@ def types(case: Case) -> None:
         expect(jax.tree.map(_aval, each) == want, "a shape, a dtype or a weak type changed")
     tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     logits, after = jax.eval_shape(step, case.model, jax.eval_shape(lambda: cache), tokens)
-    expect(jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache),
-           "eval_shape tells other shapes")
+    expect(
+        jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache),
+        "eval_shape tells other shapes",
+    )
 
 
 def _aval(x: Any) -> tuple[Any, ...]:

@@ -213,7 +213,9 @@ class Mutated(Node):
     def join(self, other: Any) -> Any:
         """See `Node`."""
         both = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
-        return self.replace(inner=self.inner.join(other.inner), end=both(self.end, other.end), off=both(self.off, other.off))
+        return self.replace(
+            inner=self.inner.join(other.inner), end=both(self.end, other.end), off=both(self.off, other.off)
+        )
 
     def move(self, source: Array, target: Array, shared: Any) -> Any:
         """See `Node`."""

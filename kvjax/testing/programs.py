@@ -176,7 +176,9 @@ class Books:
             start = len(self.tokens[row])
             self.tokens[row] += tokens[row, :n].tolist()
             for layer, rows in enumerate(self.rows):
-                h = np.array([[t, start + i, layer] for i, t in enumerate(tokens[row, :n])], np.float32).reshape(1, n, 3)
+                h = np.array([[t, start + i, layer] for i, t in enumerate(tokens[row, :n])], np.float32).reshape(
+                    1, n, 3
+                )
                 (keys, values), (h,) = (x[0] for x in _spell(h)), h
                 held = _held(cache, layer, row)
                 for i in range(n):

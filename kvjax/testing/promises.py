@@ -52,7 +52,9 @@ def same_logits(case: Case) -> float:
     limit = 1e-12 if want.dtype == np.float64 else 1e-5
     for cut in cuts_of(16):
         worst = max(worst, float(np.abs(_taught(case, cut) - want).max() / np.abs(want).max()))
-        expect(worst <= limit, f"prompt as {cut[:3]}: logits differ by {worst:.1e} of the largest, more than {limit:.0e}")
+        expect(
+            worst <= limit, f"prompt as {cut[:3]}: logits differ by {worst:.1e} of the largest, more than {limit:.0e}"
+        )
     return worst
 
 

@@ -28,6 +28,7 @@ class Segment(NamedTuple):
         positions: `[R, T']` int32, position of each slot.
         zero: `[*lead, T' / g, D]`, added per channel to what the scale has multiplied; or None.
         decode: module-level `(data, dtype) -> parts`, the numbers that packed codes stand for; None casts.
+        visible: `[B, S, T']` bool, which of the slots each new token may read here; None is all.
     """
 
     data: Array
@@ -35,6 +36,7 @@ class Segment(NamedTuple):
     positions: Array
     zero: Array | None = None
     decode: Decode | None = None
+    visible: Array | None = None
 
     def decoded(self, dtype: DType) -> Array:
         """`[*lead, T', D]` in `dtype`; a copy, but for plain elements of that dtype."""
@@ -72,6 +74,14 @@ class Store(struct.Value):
     def read(self, positions: Array, end: Array) -> tuple[Segment, ...]:
         """The stored buffers; `positions[R, T]` says what each slot holds when row b has `end[b]` tokens."""
         raise NotImplementedError
+
+    def extend(
+        self, x: Array, slots: Array, order: Array, positions: Array, end: Array
+    ) -> tuple[Any, tuple[Segment, ...]]:
+        """`write` and `read` in one, for a layout that keeps position t in slot t: what each new token reads must not
+        depend on those after it. `order[B, S]` is where they stand in the order of feeding."""
+        node = self.write(x, slots, order)
+        return node, node.read(positions, end)
 
     def fresh(self, x: Array, positions: Array) -> tuple[Segment, ...]:
         """`x[B, S, K, D]` as this store would keep it, in buffers of its own: a chunk is read before it is kept."""
