@@ -54,6 +54,16 @@ def test_predicted_bytes_of_pages_are_those_of_the_arrays(store, size):
     assert got == costs.paged_nbytes(FULL, pages=12, page_size=8, per_page=4, store=dtype, **shape)
 
 
+@pytest.mark.parametrize(("store", "size"), STORES)
+def test_predicted_bytes_of_a_shared_prefix_are_those_of_the_arrays(store, size):
+    model, plan = tiny(FULL), caches.dense(store=store)
+    prompt = kvjax.init_cache(model, plan, capacity=16).replace(lengths=jnp.array([16], jnp.int32))
+    cache = kvjax.init_cache(model, plan, prefix=prompt, batch=3, capacity=40)
+    predicted = costs.shared_prefix_nbytes(FULL, batch=3, capacity=40, prefix=16, store=store or jnp.float32)
+    kv = (16 + 3 * 24) * 2 * 2 * 2 * 8 * size
+    assert cache.nbytes == predicted == kv + 4 * 17 + 4 * 3 * 40 + 12 * 3
+
+
 GROUPS = {"group": 8, "residual": 12, "slack": 3}
 CODES = {
     "int8": (codecs.int8(), costs.Stored(8, scales=4), None),

@@ -76,7 +76,9 @@ def test_every_buffer_lies_there_by_rows_and_heads(tmp_path):
     back = kvjax.load_cache(path, tiny(config))
     assert_same(back, cache)
     with pytest.raises(AssertionError):
-        assert_same(back.replace(layers=(back.layers[0], back.layers[1].replace(v=back.layers[1].k))), cache)
+        assert_same(back.replace(layers=back.layers[::-1]), cache)
+    with pytest.raises(AssertionError):
+        assert_same(back.replace(lengths=-back.lengths - 1), cache)
 
 
 @pytest.fixture

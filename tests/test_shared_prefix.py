@@ -162,6 +162,15 @@ def test_contents_are_prefix_and_suffix_as_one():
             close(np.where(live, ours[:, :, :width], 0), np.where(live, theirs, 0))
 
 
+def test_a_saved_cache_comes_back_with_its_prefix(tmp_path):
+    _, cache = shared(caches.paged(4, share=2), caches.dense(store="bfloat16"))
+    kvjax.save_cache(tmp_path / "rows.safetensors", cache, tiny(MIXED))
+    again = kvjax.load_cache(tmp_path / "rows.safetensors", tiny(MIXED))
+    assert jax.tree.structure(again) == jax.tree.structure(cache)
+    (want, _), (got, _) = (kvjax.step(tiny(MIXED), c, REST[:, 0]) for c in (cache, again))
+    assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
 def test_generate_takes_a_prefix_that_its_prompts_begin_with():
     prompts = [TEXT[0].tolist() + row[:n].tolist() for row, n in zip(REST, PROMPTS, strict=True)]
     want = kvjax.generate(tiny(MIXED), prompts, max_new_tokens=8, seed=1)

@@ -219,19 +219,29 @@ class SharedPrefixKind(Kind):
     """See `shared_prefix`."""
 
     suffix: Any
+    prefix: Any = None
+    slots: int = 0
 
     def of(self, shape: LayerShape) -> Kind:
         """See `Kind`."""
-        return SharedPrefixKind(self.suffix.of(shape))
+        prefix = None if self.prefix is None else self.prefix.of(shape)
+        return dataclasses.replace(self, suffix=self.suffix.of(shape), prefix=prefix)
+
+    def _room(self, capacity: int) -> int:
+        if capacity <= self.slots:
+            raise InputError(f"shared_prefix: capacity {capacity} leaves no room after a prefix of {self.slots} slots")
+        return capacity - self.slots
 
     def shared(self, batch: int, capacity: int) -> dict[str, Any]:
         """See `Kind`."""
-        none, length = jnp.zeros((1, 0), jnp.int32), jnp.zeros((1,), jnp.int32)
-        return {"prefix": Prefix(none, length, {}, self.suffix.shared(batch, capacity), capacity)}
+        tokens, length, room = jnp.zeros((1, self.slots), jnp.int32), jnp.zeros((1,), jnp.int32), self._room(capacity)
+        entries = self.prefix.shared(1, self.slots) if self.slots else {}
+        return {"prefix": Prefix(tokens, length, entries, self.suffix.shared(batch, room), room)}
 
     def init(self, shape: LayerShape, batch: int, capacity: int) -> SharedPrefix:
         """See `Kind`."""
-        return SharedPrefix(None, _fit(self.suffix.init(shape, batch, capacity)))
+        prefix = self.prefix.init(shape, 1, self.slots) if self.slots else None
+        return SharedPrefix(prefix, _fit(self.suffix.init(shape, batch, self._room(capacity))))
 
 
 def _fit(suffix: Any) -> Any:
@@ -240,7 +250,7 @@ def _fit(suffix: Any) -> Any:
     return suffix
 
 
-def shared_prefix(suffix: Any = None) -> SharedPrefixKind:
+def shared_prefix(suffix: Any = None, *, prefix: Any = None, slots: int = 0) -> SharedPrefixKind:
     """Rows that go on from one text; by itself the prefix is empty.
 
     `kvjax.init_cache(model, plan, prefix=cache, …)` makes such a cache from a plan for the suffixes and a cache of one
@@ -248,14 +258,19 @@ def shared_prefix(suffix: Any = None) -> SharedPrefixKind:
 
     Args:
         suffix: the kind that keeps each row's own tokens; None is `dense()`.
+        prefix: the kind that keeps the prefix; None is `dense()`.
+        slots: tokens of the prefix, for which there is room: what a saved cache is rebuilt with.
 
     Raises:
-        InputError: `suffix` is no kind.
+        InputError: `suffix` or `prefix` is no kind, or `slots` negative.
     """
-    suffix = dense() if suffix is None else suffix
-    if not isinstance(suffix, Kind):
-        raise InputError(f"caches.shared_prefix: {suffix!r} is no kind of cache; call it, as in caches.dense()")
-    return SharedPrefixKind(suffix)
+    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 0:
+        raise InputError(f"caches.shared_prefix: slots must be a whole number of at least 0, not {slots!r}")
+    suffix, prefix = (dense() if kind is None else kind for kind in (suffix, prefix))
+    for kind in (suffix, prefix):
+        if not isinstance(kind, Kind):
+            raise InputError(f"caches.shared_prefix: {kind!r} is no kind of cache; call it, as in caches.dense()")
+    return SharedPrefixKind(suffix, prefix if slots else None, slots)
 
 
 def room_after(prefix: Cache, layers: int, capacity: int) -> tuple[Cache, int]:
@@ -283,7 +298,7 @@ def room_after(prefix: Cache, layers: int, capacity: int) -> tuple[Cache, int]:
 def after(prefix: Cache, suffix: Cache) -> Cache:
     """The rows of an empty cache, going on from a cache of one row, which is copied once and stays usable."""
     prefix = jax.tree.map(jnp.copy, prefix)
-    rows = lambda x: jnp.repeat(x, suffix.batch, axis=0)  # noqa: E731
+    rows, slots = lambda x: jnp.repeat(x, suffix.batch, axis=0), prefix.capacity
     common = Prefix(prefix.tokens, prefix.lengths, prefix.shared, suffix.shared, suffix.capacity)
     pairs = zip(prefix.layers, suffix.layers, strict=True)
     return Cache(
@@ -293,6 +308,7 @@ def after(prefix: Cache, suffix: Cache) -> Cache:
         rows(prefix.lengths),
         rows(prefix.lengths) + suffix.written,
         rows(prefix.flags),
+        tuple(SharedPrefixKind(own, one, slots) for own, one in zip(suffix.plan, prefix.plan, strict=False)),
     )
 
 

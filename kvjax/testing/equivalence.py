@@ -31,8 +31,13 @@ LENGTHS = (16, 7, 1)
 class Algorithm(Protocol):
     """Makes tokens; anything with a name and these two functions is one."""
 
-    name: str
-    steps: int
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def steps(self) -> int:
+        """New tokens a row."""
 
     def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
         """From a prefilled cache and its logits: new tokens `[B, steps]`, and the logits after the last."""
@@ -53,13 +58,11 @@ class Greedy:
     def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
         """See `Algorithm`."""
         if self.scan:
-            tokens, logits, cache = decode(
-                model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds
-            )
+            made, logits, cache = decode(model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds)
         else:
-            tokens, logits, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
+            made, logits, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
         cache.check()
-        return np.asarray(tokens), logits
+        return np.asarray(made), logits
 
     def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
         """See `Algorithm`."""
@@ -98,7 +101,7 @@ def sampled(sampler: Any = None, steps: int = 64, *, scan: bool = True) -> Sampl
 
 def step_loop(
     model: Model, cache: Any, logits: Array, steps: int, sampler: Any, seeds: np.ndarray
-) -> tuple[np.ndarray, Array, Any]:
+) -> tuple[Any, Array, Any]:
     """What `kvjax.decode` does in one scan, as a loop of `kvjax.step`: tokens `[B, steps]`, logits and the cache."""
     keys, found = sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), []
     for _ in range(steps):
@@ -226,11 +229,17 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{'plan':<30} {'algorithm':<16} {'tokens':>7} {'ties':>4} {'worst':>8}  result"]
         for each in self.outcomes:
-            name, how = (text if len(text) <= n else text[: n - 1] + "…" for text, n in ((each.plan, 30), (each.algorithm, 16)))
+            name, how = (
+                text if len(text) <= n else text[: n - 1] + "…" for text, n in ((each.plan, 30), (each.algorithm, 16))
+            )
             result = "equal" if each.ok else "FAILED"
             lines.append(f"{name:<30} {how:<16} {each.tokens:>7} {len(each.ties):>4} {each.worst:>8.1e}  {result}")
             lines += [f"  {text}" for text in each.wrong] + [f"  tie: {tie}" for tie in each.ties]
         return "\n".join(lines)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def check_equivalence(
