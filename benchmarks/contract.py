@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import contract_shared as common
 import handwritten
 import harness
 import jax
@@ -44,6 +43,7 @@ SHAPES = {
     "110M": Config(32_000, 12, 768, 12, 12, 64, 2048),
 }
 UNTURNED = "dense, no rotation"
+PREFIXED, PREFIX = "shared prefix 512", 512
 KINDS: dict[str, Any] = {
     "dense": caches.dense(),
     "ring 256": caches.ring(256),
@@ -57,7 +57,7 @@ KINDS: dict[str, Any] = {
     "ring 256 of int8": caches.ring(256, store=codecs.int8()),
     "paged 128": caches.paged(128),
     "paged 128, 4 rows a page": caches.paged(128, share=4),
-    "shared prefix 512": common.SharedPrefixKind(512),
+    PREFIXED: PREFIXED,
     "keys un-rotated": caches.dense(rotated=False),
     "layer input": caches.layer_input(),
     UNTURNED: caches.dense(),
@@ -86,16 +86,15 @@ def check(only: list[str], full: bool = True) -> int:
 
 def filled(model: Any, plan: Any, batch: int) -> Any:
     """A cache that counts FILL tokens, of zeros."""
-    cache = kvjax.init_cache(model, plan, batch=batch, capacity=CAPACITY)
-    start, valid = jnp.zeros((batch,), jnp.int32), jnp.full((batch,), FILL, jnp.int32)
-    if "prefix" in cache.shared:
-        return cache.replace(
-            shared=cache.shared | {"prefix": common.Prefix(jnp.full((1,), plan.slots, jnp.int32))},
-            lengths=valid,
-            written=valid + 0,
-        )
-    shared, _ = cache.reserve(Span(start, valid, jnp.zeros((batch, FILL), jnp.int32)))
-    return cache.replace(shared=shared, lengths=valid, written=valid + 0)
+    if plan is PREFIXED:
+        ready = jnp.full((1,), PREFIX, jnp.int32)
+        prefix = kvjax.init_cache(model, caches.dense(), batch=1, capacity=PREFIX).replace(lengths=ready)
+        cache = kvjax.init_cache(model, caches.dense(), batch=batch, capacity=CAPACITY, prefix=prefix)
+    else:
+        cache = kvjax.init_cache(model, plan, batch=batch, capacity=CAPACITY)
+    start, lengths = cache.lengths, jnp.full((batch,), FILL, jnp.int32)
+    shared, _ = cache.reserve(Span(start, lengths - start, jnp.zeros((batch, FILL), jnp.int32)))
+    return cache.replace(shared=shared, lengths=lengths, written=lengths + 0)
 
 
 Prepared = tuple[Callable[[], Any], Callable[[Any], Any], dict[str, float]]

@@ -22,8 +22,9 @@ from contract_models import apply_plain_translator, apply_translator, naive_sink
 import kvjax
 from kvjax import caches
 from kvjax.caches import codecs, storage
-from kvjax.caches.base import PAGES, Cache, Tree
+from kvjax.caches.base import PAGES, Cache, Project, Span, Tree
 from kvjax.caches.pages import Pages
+from kvjax.caches.shared_prefix import SharedPrefix
 from kvjax.config import Config
 from kvjax.loops.feed import feed, finish
 from kvjax.model import Model, decoder_head
@@ -315,24 +316,28 @@ def unrotated(broken: bool, full: bool = True) -> dict[str, float]:
 # ---------------------------------------------------------------- 6. shared prefix
 
 
-class FromZero(common.SharedPrefix):
+class FromZero(SharedPrefix):
     """Broken: the suffix counts from 0."""
 
-    def after(self, positions: Array, length: Array) -> Array:
-        return positions
+    def extend(self, h: Any, project: Project, span: Span, shared: Any) -> Any:
+        _, node = SharedPrefix.extend(self, h, project, span, shared)
+        views, _ = self.suffix.extend(h, project, shared["prefix"].after(span), shared["prefix"].suffix)
+        return (*self._read(h, project, span, shared["prefix"]), *views), node
 
 
 FromZero = kinds.struct.node(FromZero)
 
 
 def shared_prefix(broken: bool, full: bool = True) -> dict[str, float]:
-    """One prefix of 10 for three rows, the suffix dense, in a ring or paged, against dense of the whole."""
+    """One prefix of 10 for three rows, the suffix dense or paged, against dense of the whole."""
     rows, (prefix,) = prompts((13, 7, 11)), prompts((10,), seed=1)
-    node, out = FromZero if broken else common.SharedPrefix, {}
+    out = {}
     for name, own in (("paged suffix", caches.paged(4, 25)), ("dense suffix", caches.dense()))[: 2 if full else 1]:
         m = model(LLAMA)
-        _, one = prefill(m, fresh(m, caches.dense(), 1, 10), [prefix], (6, 4))
-        cache = common.join(one, fresh(m, common.SharedPrefixKind(12, own, node), 3))
+        _, one = prefill(m, fresh(m, caches.dense(), 1, 12), [prefix], (6, 4))
+        cache = kvjax.init_cache(m, own, batch=3, capacity=CAPACITY, prefix=one)
+        if broken:
+            cache = cache.replace(layers=tuple(FromZero(node.prefix, node.suffix) for node in cache.layers))
         _, whole = prefill(m, fresh(m, caches.dense(), 3), [prefix] * 3, (10,))
         out[name] = compare(*(play(m, c, rows, (9, 4), full=full) for c in (cache, whole)))
     return out

@@ -15,6 +15,7 @@ from kvjax import struct
 from kvjax.caches import plans, storage
 from kvjax.caches.base import Cache, LayerShape, Node, OpenCache, Project, Span
 from kvjax.caches.recompute import Recompute
+from kvjax.caches.shared_prefix import after, room_after
 from kvjax.checks import is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import InputError
@@ -208,17 +209,20 @@ def _forward(model: Model, tokens: Array, valid: Array) -> Array:
     return jnp.where(bad[:, None, None], jnp.nan, logits)
 
 
-def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int) -> Cache:
-    """An empty cache.
+def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int, prefix: Cache | None = None) -> Cache:
+    """An empty cache, or one whose rows all go on from a prefix.
 
     Args:
         model: any model.
         plan: a kind (`caches.dense()`), a tuple with one a layer, or None for `caches.default`.
         batch: B, rows.
-        capacity: T, tokens that a row can hold.
+        capacity: T, tokens that a row can hold, a prefix included.
+        prefix: a cache of one row that holds what all rows share; None for nothing. It is kept once for all rows, is
+            copied and stays usable. The plan is that of the suffixes, and may be another one.
 
     Raises:
-        InputError: `batch` or `capacity` is less than 1, or the plan does not fit the layers.
+        InputError: `batch` or `capacity` is less than 1, the plan does not fit the layers, or the prefix has more rows,
+            is empty, or leaves no room.
     """
     if batch < 1 or capacity < 1:
         raise InputError(f"init_cache: batch and capacity must be at least 1, not {batch} and {capacity}")
@@ -226,11 +230,14 @@ def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int)
     if plan is None:
         plan = tuple(plans.for_window(shape.window) for shape in shapes)
     kinds = plans.kinds_of(plan, shapes)
+    if prefix is not None:
+        prefix, capacity = room_after(prefix, len(shapes), capacity)
     layers = plans.init_layers(kinds, shapes, batch, capacity)
     # Three arrays, not one three times: a buffer cannot be donated twice.
     lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
     shared = plans.init_shared(kinds, shapes, batch, capacity)
-    return Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags, kinds)
+    cache = Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags, kinds)
+    return cache if prefix is None else after(prefix, cache)
 
 
 def cache_nbytes(model: Model, plan: Any = None, *, batch: int = 1, capacity: int) -> int:

@@ -1,9 +1,9 @@
 """A cache in a file: safetensors, written at once or not at all, and never trusted when it is read.
 
-Every buffer lies there as `[B, K, T, ...]` (pools of pages as `[P, K, page, ...]`), whatever its layout in memory and
-whatever the codec; float8 as its bytes, int4 two in a byte. A tensor's name is its place in the tree,
-`layers/0/k/data`. The metadata say how the tree is made again: the plan as text (`caches.parse` reads it), the model's
-configuration and fingerprint, and a checksum over everything. Nothing is unpickled or evaluated.
+Every buffer lies there as `[B, K, T, ...]` (pools of pages as `[P, K, page, ...]`), whatever its layout in memory, and
+as its codec keeps it: float8 and int4 are bytes already, and the plan says what they are. A tensor's name is its place
+in the tree, `layers/0/k/data`. The metadata say how the tree is made again: the plan as text (`caches.parse` reads it),
+the model's configuration and fingerprint, and a checksum over everything. Nothing is unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -31,6 +31,7 @@ from kvjax import caches
 from kvjax.caches import storage
 from kvjax.caches.base import Cache
 from kvjax.caches.codecs import Store
+from kvjax.checkpoint import reader
 from kvjax.checkpoint.reader import SafetensorsFile, parse_json, show
 from kvjax.errors import CacheError, CheckpointError, InputError
 from kvjax.model import Model, init_cache
@@ -38,8 +39,11 @@ from kvjax.model import Model, init_cache
 VERSION = "1"
 """Of the file's layout; a file of another version is refused."""
 
-FIELDS = {"kvjax_cache", "kvjax", "plan", "config", "model", "packed", "checksum"}
-"""What the metadata hold, each as text; `packed` is the dtype of what lies there as bytes."""
+FIELDS = {"kvjax_cache", "kvjax", "plan", "config", "model", "checksum"}
+"""What the metadata hold, each as text."""
+
+DTYPES = {dtype.name for dtype in reader.DTYPES.values() if not dtype.name.startswith("float8")}
+"""What may be written; every version of safetensors that kvjax supports reads it."""
 
 
 def save_cache(path: str | os.PathLike[str], cache: Cache, model: Model) -> None:
@@ -49,25 +53,25 @@ def save_cache(path: str | os.PathLike[str], cache: Cache, model: Model) -> None
         path: of the file, replaced where it exists. The temporary file lies beside it.
         cache: of any plan whose kinds can be written as text; `load_cache` takes others with its `plan`.
         model: that the cache was made for. Its configuration and the fingerprint of its parameters go into the file;
-            making it reads all parameters, about a second a gigabyte.
+            for that all parameters are read once.
 
     Raises:
         CacheError: the cache was not made by `init_cache` for such a model, or holds a dtype that has no place there.
     """
     if not cache.plan:
         raise CacheError("save_cache: the cache has no plan; make it with kvjax.init_cache")
-    host = _named(_apart(jax.tree.map(np.asarray, cache)))
+    tensors = _named(_apart(jax.tree.map(np.asarray, cache)))
     expected = _named(_abstract(model, cache.plan, cache.batch, cache.capacity))
-    _compare(f"save_cache: a cache of {_plan_text(cache.plan)}", _shapes(host), _shapes(expected), CacheError)
-    tensors = {name: _bytes_of(name, x) for name, x in host.items()}
-    packed = {name: x.dtype.name for name, x in host.items() if tensors[name].dtype != x.dtype}
+    _compare(f"save_cache: a cache of {_plan_text(cache.plan)}", _shapes(tensors), _shapes(expected), CacheError)
+    for name, x in tensors.items():
+        if x.dtype.name not in DTYPES:
+            raise CacheError(f"save_cache: {name} has dtype {x.dtype.name}; a codec keeps it as uint8, to be saved")
     about = {
         "kvjax_cache": VERSION,
         "kvjax": _version(),
         "plan": json.dumps([str(kind) for kind in cache.plan]),
         "config": json.dumps(_described(model.config)),
         "model": fingerprint(model.params),
-        "packed": json.dumps(packed),
     }
     about["checksum"] = _checksum(about, tensors)
     with _replacing(Path(path)) as fresh:
@@ -96,7 +100,7 @@ def load_cache(path: str | os.PathLike[str], model: Model, *, plan: Any = None) 
         if (found := _checksum(about, tensors)) != about["checksum"]:
             said = show(about["checksum"][:16])
             raise CheckpointError(f"{path}: damaged: the contents have the checksum {found[:16]}…, it says {said}")
-        fields = {key: _json(path, key, about[key]) for key in ("plan", "config", "packed")}
+        fields = {key: _json(path, key, about[key]) for key in ("plan", "config")}
         _same_model(path, model, fields["config"], about["model"])
         kinds = _kinds(path, fields["plan"], plan)
         shape = tensors["tokens"].shape if "tokens" in tensors else ()
@@ -104,25 +108,29 @@ def load_cache(path: str | os.PathLike[str], model: Model, *, plan: Any = None) 
             raise CheckpointError(f"{path}: tokens are {list(shape)}, they must be [B, T]")
         apart = _outlined(path, model, kinds, *shape)
         expected = _named(apart)
-        packed = fields["packed"] if isinstance(fields["packed"], dict) else {}
-        host = {name: _from_bytes(x, packed.get(name), expected.get(name)) for name, x in tensors.items()}
-        _compare(f"{path}: a cache of {_plan_text(kinds)}", _shapes(host), _shapes(expected), CheckpointError)
-        made = jax.tree.unflatten(jax.tree.structure(apart), [host[name] for name in expected])
+        _compare(f"{path}: a cache of {_plan_text(kinds)}", _shapes(tensors), _shapes(expected), CheckpointError)
+        made = jax.tree.unflatten(jax.tree.structure(apart), [tensors[name] for name in expected])
         # Copies: a buffer that lies in the map would change with the file.
         return jax.tree.map(jnp.array, _together(made))
 
 
 def fingerprint(params: Any) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter, in the order of the tree.
+    """SHA-256 over name, dtype, shape and bytes of every parameter.
 
     It covers nothing else: a model of one's own with another `apply` and the same parameters has the same.
     """
-    digest = hashlib.sha256()
-    for name, x in _named(params).items():
-        x = np.asarray(x, order="C")
-        digest.update(f"{name} {_shape_text(x)}\n".encode())
-        digest.update(x.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return _digest(_named(params))
+
+
+def _digest(named: dict[str, Any]) -> str:
+    """SHA-256 over name, dtype, shape and SHA-256 of the bytes of every array."""
+
+    def of(name: str) -> str:
+        x = np.asarray(named[name], order="C")
+        return f"{name} {_shape_text(x)} {hashlib.sha256(x.reshape(-1).view(np.uint8).data).hexdigest()}\n"
+
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return hashlib.sha256("".join(pool.map(of, sorted(named))).encode()).hexdigest()
 
 
 def _version() -> str:
@@ -173,51 +181,13 @@ def _shape_text(x: Any) -> str:
     return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
 
 
-# What has no dtype of its own in the file is written as bytes.
-
-_FOUR_BITS = {name: np.dtype(getattr(ml_dtypes, name)) for name in ("int4", "uint4")}
-_EIGHT_BITS = {name: np.dtype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fn", "float8_e5m2")}
-_OWN = ("bool", "uint8", "int8", "int16", "int32", "int64", "uint32", "float16", "bfloat16", "float32", "float64")
-
-
-def _bytes_of(name: str, x: np.ndarray) -> np.ndarray:
-    if x.dtype.name in _OWN:
-        return x
-    if x.dtype.name in _EIGHT_BITS:
-        return x.view(np.uint8)
-    if x.dtype.name not in _FOUR_BITS:
-        raise CacheError(f"save_cache: {name} has dtype {x.dtype.name}, which has no place in a file")
-    codes = x.astype(np.int8).view(np.uint8) & 15
-    if codes.shape[-1] % 2:
-        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
-    return codes[..., ::2] | codes[..., 1::2] << 4
-
-
-def _from_bytes(x: np.ndarray, kind: Any, expected: Any) -> np.ndarray:
-    """The counterpart of `_bytes_of`; as it is where `kind` names no such dtype, which the comparison then shows."""
-    if not isinstance(kind, str) or x.dtype != np.uint8 or not x.ndim:
-        return x
-    if kind in _EIGHT_BITS:
-        return x.view(_EIGHT_BITS[kind])
-    if kind not in _FOUR_BITS:
-        return x
-    codes = np.stack([x & 15, x >> 4], axis=-1).reshape(*x.shape[:-1], 2 * x.shape[-1]).view(np.int8)
-    codes = ((codes ^ 8) - 8 if kind == "int4" else codes).astype(_FOUR_BITS[kind])
-    width = codes.shape[-1]
-    return codes[..., :-1] if expected is not None and expected.shape[-1:] == (width - 1,) else codes
-
-
 # The metadata
 
 
 def _checksum(about: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
-    """SHA-256 over the metadata but itself, and over name, dtype, shape and bytes of every tensor."""
-    digest = hashlib.sha256(json.dumps({k: v for k, v in about.items() if k != "checksum"}, sort_keys=True).encode())
-    for name in sorted(tensors):
-        x = np.asarray(tensors[name], order="C")
-        digest.update(f"\n{name} {_shape_text(x)}\n".encode())
-        digest.update(x.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    """SHA-256 over the metadata but itself, and over the tensors."""
+    rest = {key: text for key, text in about.items() if key != "checksum"}
+    return hashlib.sha256((json.dumps(rest, sort_keys=True) + _digest(tensors)).encode()).hexdigest()
 
 
 def _described(value: Any) -> Any:

@@ -35,9 +35,20 @@ PLANS = (
     "dense(rotated=False)",
     "dense(store=bfloat16)",
     "dense(store=float16)",
+    "dense(store=int8())",
+    "dense(store=int8(scale=bfloat16))",
+    "dense(store=int8(), rotated=False)",
+    "dense(store=fp8())",
+    "dense(store=int4())",
+    "dense(store=int4(), rotated=False)",
+    "dense(store=int4_channels(32, residual=32))",
+    "layer_input(store=bfloat16)",
+    "layer_input(store=int8())",
     "ring(64)",
-    "ring(32)",
     "ring(64, sinks=4)",
+    "ring(64, sinks=4, sinks_in_cache=True)",
+    "ring(32)",
+    "ring(32, store=int8())",
 )
 """As text, `caches.parse` reads them. The first is what the others are measured against."""
 

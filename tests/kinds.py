@@ -59,6 +59,16 @@ TABLE = {
         Case("pages of a pool", caches.paged(5, pages=60), full=True),
         Case("paged everywhere windowed", caches.paged(16, share=3), WINDOWED, full=True),
     ),
+    caches.shared_prefix: (
+        Case("shared prefix", caches.shared_prefix()),
+        Case(
+            "shared prefix and ring",
+            (caches.shared_prefix(caches.ring(W, slack=4)), caches.shared_prefix()),
+            slack=4,
+            full=True,
+        ),
+        Case("shared prefix and pages", caches.shared_prefix(caches.paged(8, share=2)), full=True),
+    ),
     caches.recompute: (
         Case("recompute", caches.recompute(), keeps=False),
         Case("recompute beside dense", (caches.dense(), caches.recompute()), keeps=False, full=True),

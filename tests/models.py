@@ -48,7 +48,7 @@ GEMMA = Config(
     windows=(WINDOW, None, WINDOW),
     scale=8**-0.5,
     embed_scale=32**0.5,
-    attention_softcap=5.0,
+    attention_softcap=20.0,
     logit_softcap=30.0,
     tied=False,
 )
@@ -63,15 +63,13 @@ POST = Config(
     ffn_width=48,
     norm=LayerNorm(),
     norm_order=NormOrder.POST,
-    activation=activations.relu,
-    gated=False,
     positions=Learned(96),
     qkv_bias=True,
     out_bias=True,
     ffn_bias=True,
     tied=False,
 )
-"""The decoder of the original Transformer, but for learned positions."""
+"""Norms after every sub-layer, as in the original Transformer, and biases everywhere."""
 
 
 def filled(model, plan, *, seed: int = 0, valid=PROMPTS, capacity: int = CAPACITY):

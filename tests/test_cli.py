@@ -258,6 +258,7 @@ def test_info_tells_family_shapes_and_the_bytes_of_every_kind(command, folder):
     code, out, err = command("info", folder)
     assert (code, err) == (0, "") and f"{about['parameters']:,}" in out
     assert max(map(len, out.splitlines())) <= 80
+    assert "layer_input(): layer inputs 256 bytes a token, as large as keys and values" in " ".join(out.split())
     halved = json.loads(command("info", folder, "--json", "--dtype", "bfloat16")[1])
     assert halved["bytes"] * 2 == about["bytes"]
 

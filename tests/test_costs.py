@@ -11,7 +11,7 @@ import pytest
 from models import FULL, MIXED, WINDOWED, tiny
 
 import kvjax
-from kvjax import caches, costs
+from kvjax import caches, codecs, costs
 from kvjax.config import Config
 from kvjax.ops.positions import Learned
 
@@ -52,6 +52,42 @@ def test_predicted_bytes_of_pages_are_those_of_the_arrays(store, size):
     assert got == predicted == 9 * 16 * slot + 4 * 9 + 2 * 4 * 9 + container
     got = three_ways(FULL, caches.paged(8, 12, share=3, store=store), **shape)
     assert got == costs.paged_nbytes(FULL, pages=12, page_size=8, per_page=4, store=dtype, **shape)
+
+
+@pytest.mark.parametrize(("store", "size"), STORES)
+def test_predicted_bytes_of_a_shared_prefix_are_those_of_the_arrays(store, size):
+    model, plan = tiny(FULL), caches.dense(store=store)
+    prompt = kvjax.init_cache(model, plan, capacity=16).replace(lengths=jnp.array([16], jnp.int32))
+    cache = kvjax.init_cache(model, plan, prefix=prompt, batch=3, capacity=40)
+    predicted = costs.shared_prefix_nbytes(FULL, batch=3, capacity=40, prefix=16, store=store or jnp.float32)
+    kv = (16 + 3 * 24) * 2 * 2 * 2 * 8 * size
+    assert cache.nbytes == predicted == kv + 4 * 17 + 4 * 3 * 40 + 12 * 3
+
+
+GROUPS = {"group": 8, "residual": 12, "slack": 3}
+CODES = {
+    "int8": (codecs.int8(), costs.Stored(8, scales=4), None),
+    "fp8, bfloat16 scale": (codecs.fp8(scale=jnp.bfloat16), costs.Stored(8, scales=2), None),
+    "int4": (codecs.int4(), costs.Stored(4, scales=4), None),
+    "int4 per channel": (
+        codecs.int4_channels(8, residual=12, slack=3),
+        costs.Stored(4, channel=8, **GROUPS),
+        costs.Stored(4, scales=4, **GROUPS),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize(("batch", "capacity"), [(1, 40), (2, 10)])
+def test_predicted_bytes_of_codes_are_those_of_the_arrays(name, batch, capacity):
+    codec, keys, values = CODES[name]
+    shape = {"batch": batch, "capacity": capacity}
+    got = three_ways(FULL, caches.dense(store=codec), batch, capacity)
+    assert got == costs.dense_nbytes(FULL, store=keys, values=values, **shape)
+    if values is None:
+        ring = {"window": 6, "sinks": 2, "slack": 3}
+        got = three_ways(WINDOWED, caches.ring(store=codec, **ring), batch, capacity)
+        assert got == costs.ring_nbytes(WINDOWED, store=keys, **ring, **shape)
 
 
 @pytest.mark.parametrize(("store", "size"), STORES)

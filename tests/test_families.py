@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import caches
+from kvjax import caches, cli
 from kvjax.config import NormOrder
 from kvjax.lm import load
 from kvjax.ops.positions import Rope
@@ -116,6 +116,15 @@ WEIGHTS = [
     0.05561484023928642,
     -0.11486108601093292,
 ]
+
+
+def test_info_says_what_sets_gemma_apart(tmp_path, capsys):
+    parity.write_folder(tmp_path, golden("gemma2")[0], 0)
+    assert cli.main(["info", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "7 in 2 of 3 layers" in shown
+    assert "x + norm(f(norm(x)))" in shown
+    assert "3 on scores, 12 on logits" in shown
 
 
 # Negative controls: details that are easy to get wrong; each must fail the check that the right one passes.

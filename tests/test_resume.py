@@ -26,6 +26,7 @@ PLANS = {
     "output": caches.output(),
     "layer input": caches.layer_input(),
     "recompute": caches.traced(caches.recompute()),
+    "paged": caches.traced(caches.paged(4, share=2)),
 }
 
 
@@ -64,7 +65,6 @@ def errors(name, layer, position, n):
             if i >= layer and site != "embedding" and new.recorded(i, site) is not None:
                 found.append(gap(new.trace(i, site)[row, : len(want)], x))
     np.testing.assert_array_equal(new.lengths, cache.lengths)
-    # what comes next goes on from the patched run
     return max(found), min(did)
 
 
@@ -83,10 +83,10 @@ PLACES = [(0, 12, 1), (1, np.array([14, 10, 12]), 1), (1, 11, 2)]
 )
 def test_it_equals_the_whole_run_with_the_patch(name, place):
     error, did = errors(name, *PLACES[place])
-    assert error <= EXACT and did > 1e-2
+    assert error <= EXACT and did > 100 * EXACT
 
 
-def test_a_patch_one_position_late_is_found(monkeypatch):
+def test_a_patch_one_position_late_is_found():
     model, cache = text("hybrid")
     patch = patch_of(1)
     logits, _ = kvjax.resume(model, cache, 1, 11, patch[:, 0])
@@ -129,9 +129,19 @@ def test_decoding_goes_on_from_the_patched_run():
         assert gap(after[row], want[-1]) <= EXACT
 
 
+@pytest.mark.full
+def test_rows_that_share_pages_are_patched_apart():
+    found = []
+    for name in ("paged", "hybrid"):
+        model, cache = text(name)
+        _, new = kvjax.resume(model, cache.take([0, 0, 1]), 1, [12, 19, 15], patch_of(1)[:, 0])
+        found.append(kvjax.step(model, new, np.array([1, 2, 3]))[0])
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_a_sweep_compiles_one_program_a_bucket():
     model = tiny(MIXED)
-    _, cache = filled(model, caches.hybrid(), valid=VALID)
+    _, cache = filled(model, caches.hybrid(), valid=VALID, capacity=80)  # a capacity that no other test has
     _, cache = kvjax.prefill(model, cache, prompt_ids(1), [16, 16, 4])  # lengths 32, 28, 13
     patch = patch_of(1)[:, 0]
     with Compilations() as made:
@@ -139,12 +149,13 @@ def test_a_sweep_compiles_one_program_a_bucket():
             kvjax.resume(model, cache, layer, position, patch)
     assert made.count == 1
     rows = np.array([31, 20, 12])
+    there = jnp.asarray(rows)
     with Compilations() as made:
         kvjax.resume(model, cache, 1, rows, patch)  # a bucket of 16
     assert made.count == 1
     with Compilations() as made:
         kvjax.resume(model, cache, np.int64(0), rows - 3, patch_of(3))
-        kvjax.resume(model, cache, 1, jnp.asarray(rows), None)
+        kvjax.resume(model, cache, 1, there, None)
         kvjax.resume(model, cache, 0, 1, patch)
     assert made.count == 0
 
@@ -155,13 +166,14 @@ def test_a_sweep_does_the_share_of_the_work_that_it_should(monkeypatch):
     _, cache = kvjax.prefill(model, kvjax.init_cache(model, caches.hybrid(), capacity=16), prompt_ids(0, 1, n))
 
     def counted(params, config, x, cache, layer, rotation):
-        done.append(int(cache.span.valid.sum()))
+        jax.debug.callback(lambda n: done.append(int(n)), cache.span.valid[0])
         return x, cache
 
     monkeypatch.setattr(loop, "decoder_layer", counted)
-    with jax.disable_jit():
-        for layer, position in itertools.product(range(2), range(n)):
-            kvjax.resume(model, cache, layer, position, _run=loop._resume)
+    program = jax.jit(lambda *x: loop._resume(*x))
+    for layer, position in itertools.product(range(2), range(n)):
+        kvjax.resume(model, cache, layer, position, _run=program)
+    jax.effects_barrier()
     naive = 2 * n * (2 * n)  # as many runs of as many layers and positions
     assert sum(done) / naive == (2 + 1) * (n + 1) / (4 * 2 * n)
 

@@ -122,8 +122,8 @@ def test_a_latent_cache_counts_latents_and_their_rotary_part():
 def test_a_prefix_is_kept_once_and_pages_waste_less_than_a_page_a_row():
     shape = {"batch": 8, "capacity": 600}
     slot = LAYERS * costs.slot_nbytes(TEXTBOOK)
-    shared = costs.shared_prefix_nbytes(TEXTBOOK, **shape, prefix=500, suffix=100)
-    assert shared == slot * (500 + 8 * 100) + costs.container_nbytes(**shape)
+    shared = costs.shared_prefix_nbytes(TEXTBOOK, **shape, prefix=500)
+    assert shared == slot * (500 + 8 * 100) + 4 * 501 + costs.container_nbytes(**shape)
     paged = costs.paged_nbytes(TEXTBOOK, **shape, pages=8 * 38, page_size=16)
     assert paged - 4 * 8 * 38 - 2 * 4 * 8 * 38 - costs.container_nbytes(**shape) == slot * 8 * 38 * 16
     assert 0 <= 8 * 38 * 16 - 8 * 600 <= 8 * 15
@@ -172,6 +172,20 @@ def test_n_tokens_stay_quadratic_with_a_cache():
     leading = LAYERS * (24 * D**2 * n + 2 * D * n**2)
     assert costs.with_kv_flops(TEXTBOOK, n) / leading == pytest.approx(1, abs=1e-5)
     assert costs.with_kv_flops(TEXTBOOK, 2 * n) > 3.9 * costs.with_kv_flops(TEXTBOOK, n)
+
+
+def test_streams_kept_instead_of_keys_and_values_save_less():
+    for step, whole in (
+        (costs.kv_flops, costs.with_kv_flops),
+        (costs.reprojected_flops, costs.with_reprojected_flops),
+        (costs.absorbed_flops, costs.with_absorbed_flops),
+    ):
+        steps = sum(dataclasses.replace(step(TEXTBOOK, slots=t), head=0).contractions for t in range(1, 65))
+        assert whole(TEXTBOOK, 64) == steps
+    for n in (64, 1024):
+        kept = [f(TEXTBOOK, n) for f in (costs.with_kv_flops, costs.with_reprojected_flops, costs.without_cache_flops)]
+        assert kept == sorted(kept)
+        assert kept[2] / kept[1] < 6 + n / D, "4 d² a position and step, where 24 d² + 4 t d are without a cache"
 
 
 @pytest.mark.parametrize("n", [2, 16, 256, 4096, 10**6])
@@ -265,9 +279,9 @@ def test_what_speculation_gives():
 def test_beams_keep_the_prompt_once():
     assert costs.beam_positions(4, 1000, 50) == 1200 < 4 * (1000 + 50)
     shape = {"batch": 4, "capacity": 1050}
-    shared = costs.shared_prefix_nbytes(TEXTBOOK, **shape, prefix=1000, suffix=50)
+    shared = costs.shared_prefix_nbytes(TEXTBOOK, **shape, prefix=1000)
     slot = LAYERS * costs.slot_nbytes(TEXTBOOK)
-    assert shared - costs.container_nbytes(**shape) == slot * costs.beam_positions(4, 1000, 50)
+    assert shared - 4 * 1001 - costs.container_nbytes(**shape) == slot * costs.beam_positions(4, 1000, 50)
 
 
 def test_what_an_edit_reaches():

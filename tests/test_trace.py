@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +16,10 @@ from models import CAPACITY, MIXED, WINDOW, WINDOWED, filled, prompt_ids, tiny
 from naive import gap, run
 
 import kvjax
-from kvjax import CacheError, InputError, caches, struct
+from kvjax import CacheError, InputError, caches, codecs, struct
 from kvjax.caches.base import Kind
 from kvjax.caches.trace import Traced
+from kvjax.model import decoder_head, final_norm
 
 VALID = np.array([16, 9, 3])
 EXACT = 1e-5
@@ -59,6 +64,30 @@ def test_a_trace_equals_what_a_plain_forward_pass_computes_there(name):
     count, error = worst(generated(model, plan), model)
     assert count == 3 * (3 if name == "output" else 5)
     assert error <= EXACT
+
+
+@pytest.mark.full
+def test_a_trace_beside_codes_is_of_the_pass_that_gave_the_logits():
+    model = tiny(MIXED)
+    logits, cache = filled(model, caches.traced(caches.dense(store=codecs.int8())), valid=VALID)
+    tokens, last, cache = kvjax.decode(model, cache, logits, steps=8)
+    out = final_norm(model.params, MIXED, cache.trace(1, "after_ffn"))
+    every = np.asarray(decoder_head(model.params, MIXED, out))
+    for row, n in enumerate(VALID):
+        assert gap(every[row, n - 1], logits[row]) <= EXACT and gap(every[row, n + 7], last[row]) <= EXACT
+        np.testing.assert_array_equal(every[row, n - 1 : n + 7].argmax(axis=1), tokens[row])
+
+
+@pytest.mark.full
+def test_in_float64_traces_layer_inputs_sinks_and_resumed_runs_are_right_to_twelve_digits():
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"JAX_ENABLE_X64": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-W", "error", str(here / "streams_in_float64.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("e-1") >= 6
 
 
 @struct.node

@@ -10,9 +10,10 @@ from kvjax.caches.paged import paged
 from kvjax.caches.plans import default, init_layers, per_layer
 from kvjax.caches.recompute import recompute
 from kvjax.caches.ring import ring
+from kvjax.caches.shared_prefix import shared_prefix
 from kvjax.caches.trace import hybrid, output, traced
 
-KINDS = (dense, ring, paged, recompute, layer_input, traced, output, hybrid)
+KINDS = (dense, ring, paged, shared_prefix, recompute, layer_input, traced, output, hybrid)
 """Every kind; the shared tests and the command line run over it."""
 
 
@@ -35,6 +36,7 @@ __all__ = [
     "dense",
     "ring",
     "paged",
+    "shared_prefix",
     "recompute",
     "layer_input",
     "traced",

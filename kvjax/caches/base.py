@@ -28,7 +28,7 @@ from kvjax.errors import CacheError
 from kvjax.ops.attention import EMPTY
 from kvjax.types import Array, DType
 
-CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS = (1 << i for i in range(7))
+CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX = (1 << i for i in range(8))
 """Bits of `Cache.flags`."""
 
 MEANING = {
@@ -39,6 +39,7 @@ MEANING = {
     TOKEN: "a token id was outside the vocabulary",
     REWIND: "it was rewound further than its kind keeps",
     ROWS: "it was taken from a row outside the batch",
+    PREFIX: "it was joined with rows that go on from another prefix",
 }
 
 
@@ -113,7 +114,7 @@ class Cache(struct.Value):
             how = "caches.layer_input()" if site == "input" else f"caches.traced(kind, sites=({site!r},))"
             raise CacheError(f"trace: layer {layer} of {len(self.layers)} keeps no {site!r}; make the cache with {how}")
         live = jnp.arange(self.capacity, dtype=jnp.int32)[None, :] < self.lengths[:, None]
-        return jnp.where(live[:, :, None], store.unpacked()[:, 0], 0)
+        return jnp.where(live[:, :, None], store.unpacked(self.lengths)[:, 0], 0)
 
     def recorded(self, layer: int, site: str) -> Any:
         """The store of what a layer showed at a site, wherever it is kept, or None: the output of one layer is the
@@ -155,7 +156,7 @@ class Cache(struct.Value):
 
     def reserve(self, span: Span) -> tuple[dict[str, Any], Array]:
         """Room for new tokens in what layers have in common: the entries, and `[B]` int32 flags of refused rows."""
-        return _ask(self.shared, lambda entry: entry.reserve(span), jnp.zeros_like(self.flags))
+        return ask(self.shared, lambda entry: entry.reserve(span), jnp.zeros_like(self.flags))
 
     def rewind(self, lengths: Any) -> Cache:
         """Goes back to absolute `lengths`; what is kept is bitwise what it would be had the rest never been fed.
@@ -185,11 +186,11 @@ class Cache(struct.Value):
                 )
             raise CacheError(f"rewind: row {row} to length {want}, but the row has {have} tokens")
         target = jnp.clip(target, 0, self.lengths)
-        shared, refused = _ask(self.shared, lambda entry: entry.rewind(target), jnp.zeros_like(target))
+        shared, refused = ask(self.shared, lambda entry: entry.rewind(target), jnp.zeros_like(target))
         if is_concrete(refused):
-            for row in map(int, np.flatnonzero(refused)):
-                why = "needs a page of its own" if refused[row] & PAGES else "goes into what other rows share"
-                raise CacheError(f"rewind: row {row} to length {int(target[row])} {why}: {_meaning(refused[row])}")
+            for row in np.flatnonzero(refused).tolist():
+                why = "needs a page of its own" if int(refused[row]) & PAGES else "goes into what other rows share"
+                raise CacheError(f"rewind: row {row} to length {int(target[row])} {why}: {_meaning(int(refused[row]))}")
         target = jnp.where(refused != 0, self.lengths, target)
         return self.replace(
             layers=tuple(node.rewind(target, self.shared, shared) for node in self.layers),
@@ -200,20 +201,23 @@ class Cache(struct.Value):
 
     def release(self, rows: Any) -> Cache:
         """Empties rows `rows[n]` and gives back what they held in common with others, pages for one: their lengths
-        are 0, and so are their flags.
+        are 0, or that of a prefix which all rows share, and their flags are 0.
 
         Raises:
             CacheError: a row outside the batch (under `jit` it is left out).
         """
         rows = self._checked_rows("release", rows)
         gone = jnp.zeros((self.batch,), bool).at[jnp.where(rows < 0, self.batch, rows)].set(True, mode="drop")
-        lengths = jnp.where(gone, 0, self.lengths)
-        shared, refused = _ask(self.shared, lambda entry: entry.release(gone), jnp.zeros_like(lengths))
+        least: Any = 0
+        for entry in self.shared.values():
+            least = jnp.maximum(least, entry.least)
+        lengths = jnp.where(gone, least, self.lengths)
+        shared, refused = ask(self.shared, lambda entry: entry.release(gone), jnp.zeros_like(lengths))
         return self.replace(
             layers=tuple(node.rewind(lengths, self.shared, shared) for node in self.layers),
             shared=shared,
             lengths=lengths,
-            written=jnp.where(gone, 0, self.written),
+            written=jnp.where(gone, least, self.written),
             flags=jnp.where(gone, refused, self.flags),
         )
 
@@ -248,14 +252,12 @@ class Cache(struct.Value):
         made: list[Any] = [jax.tree.structure(cache) for cache in (self, other)]
         if made[0] != made[1]:
             raise CacheError("join: the other cache was made by another plan, or for another model")
-        both = {name: entry.join(other.shared[name]) for name, entry in self.shared.items()}
         after = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
-        flags = after(self.flags, other.flags)
-        for _, bits in both.values():
-            flags = flags | bits
+        both = after(self.flags, other.flags)
+        shared, flags = ask(self.shared, lambda entry, more: entry.join(more), both, other.shared)
         return self.replace(
             layers=tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
-            shared={name: entry for name, (entry, _) in both.items()},
+            shared=shared,
             tokens=after(self.tokens, other.tokens),
             lengths=after(self.lengths, other.lengths),
             written=after(self.written, other.written),
@@ -295,7 +297,7 @@ class Cache(struct.Value):
         pick = lambda x: jnp.take(x, rows, axis=0, mode="clip")  # noqa: E731
         outside = (rows < 0) | (rows >= self.batch)
         marked = pick(self.flags) | jnp.where(outside, ROWS, 0).astype(jnp.int32)
-        shared, flags = _ask(self.shared, lambda entry: getattr(entry, how)(rows), marked)
+        shared, flags = ask(self.shared, lambda entry: getattr(entry, how)(rows), marked)
         return self.replace(
             layers=tuple(getattr(node, how)(rows, self.shared, shared) for node in self.layers),
             shared=shared,
@@ -327,7 +329,7 @@ class Cache(struct.Value):
         steps = jnp.arange(path.shape[1], dtype=jnp.int32)[None, :]
         source = start[:, None] + path
         target = jnp.where(steps < counts[:, None], start[:, None] + steps, EMPTY)
-        shared, refused = _ask(self.shared, lambda entry: entry.own(target), jnp.zeros_like(self.flags))
+        shared, refused = ask(self.shared, lambda entry: entry.claim(target), jnp.zeros_like(self.flags))
         target = jnp.where(refused[:, None] != 0, EMPTY, target)
         layers = tuple(node.rewind(self.lengths, self.shared, shared) for node in self.layers)
         moved = jnp.take_along_axis(self.tokens, source, axis=1, mode="clip")
@@ -355,11 +357,11 @@ def _meaning(flags: Any) -> str:
     return "; ".join(text for bit, text in MEANING.items() if flags & bit)
 
 
-def _ask(
-    shared: dict[str, Any], what: Callable[[Any], tuple[Any, Array]], flags: Array
+def ask(
+    shared: dict[str, Any], what: Callable[..., tuple[Any, Array]], flags: Array, *others: dict[str, Any]
 ) -> tuple[dict[str, Any], Array]:
-    """Every entry asked in turn, and the flags that come of it."""
-    asked = {name: what(entry) for name, entry in shared.items()}
+    """Every entry asked in turn, with those of the same name, and the flags that come of it."""
+    asked = {name: what(entry, *(other[name] for other in others)) for name, entry in shared.items()}
     for _, bits in asked.values():
         flags = flags | bits
     return {name: entry for name, (entry, _) in asked.items()}, flags
@@ -385,6 +387,8 @@ __all__ = [
     "TOKEN",
     "REWIND",
     "ROWS",
+    "PREFIX",
+    "ask",
     "MEANING",
     "DType",
 ]

@@ -71,12 +71,14 @@ class Span(struct.Value):
         positions: `[B, S]` int32, where each new token stands in the text: rotation, learned tables and masks read it.
         ancestors: `[B, S, S]` bool or None: which new tokens each new token may see, itself included (tree drafts,
             where siblings share a position); None is causal order.
+        base: `[1]` int32 or None, tokens that stand in the text before the places that a node counts (a shared prefix).
     """
 
     start: Array
     valid: Array
     positions: Array
     ancestors: Array | None = None
+    base: Array | None = None
 
     @property
     def end(self) -> Array:
@@ -95,11 +97,13 @@ class Span(struct.Value):
         return steps[None, :] < self.valid[:, None]
 
     def text(self, order: Array) -> Array:
-        """`[B, T]`, where tokens stand in the text, by their place in the order of feeding; the same but in a tree."""
+        """`[B, T]`, where tokens stand in the text, by their place in the order of feeding; the same but in a tree and
+        after a base."""
+        old = order if self.base is None else jnp.where(order == EMPTY, EMPTY, order + self.base[:, None])
         if self.ancestors is None:
-            return order
+            return old
         new, inside = self._new(order)
-        return jnp.where(inside, jnp.take_along_axis(self.positions, new, axis=1), order)
+        return jnp.where(inside, jnp.take_along_axis(self.positions, new, axis=1), old)
 
     def tree_view(self, view: View) -> View:
         """A view whose positions are places in the order of feeding, with positions of the text and a tree's mask."""
@@ -107,7 +111,8 @@ class Span(struct.Value):
             return view
         span = self if view.pages is None else self._rows(view.pages[0].reshape(-1))
         order = _for_rows(view.positions, span.start.shape[0])
-        return view.replace(positions=span.text(order), visible=span.seen(order))
+        seen = span.seen(order)
+        return view.replace(positions=span.text(order), visible=seen if view.visible is None else seen & view.visible)
 
     def seen(self, order: Array) -> Array:
         """`[B, S, T]` bool, what a tree lets each new token see of places in the order of feeding: what was there
@@ -163,6 +168,11 @@ class Shared(struct.Value):
     Every operation gives the entry and `[B]` int32 flags, bits for the rows where it could not be done.
     """
 
+    @property
+    def least(self) -> Any:
+        """Tokens that a row cannot lose: a number, or `[1]` int32."""
+        return 0
+
     def reserve(self, span: Span) -> tuple[Any, Array]:
         """Makes room for the new tokens, once a call, before the layers run; tokens of flagged rows are dropped."""
         return self, jnp.zeros_like(span.start)
@@ -175,8 +185,8 @@ class Shared(struct.Value):
         """Gives back what lies at or past `lengths[B]`."""
         return self, jnp.zeros_like(lengths)
 
-    def own(self, places: Array) -> tuple[Any, Array]:
-        """Makes `places[B, n]` in the order of feeding, EMPTY for none, the row's own: they will be written."""
+    def claim(self, places: Array) -> tuple[Any, Array]:
+        """Makes what lies at `places[B, n]`, EMPTY for none, the row's own: it will be written."""
         return self, jnp.zeros(places.shape[:1], jnp.int32)
 
     def release(self, rows: Array) -> tuple[Any, Array]:
@@ -333,6 +343,7 @@ def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: A
             v.scale,
             k_zero=k.zero,
             v_zero=v.zero,
+            visible=k.visible,
             k_decode=k.decode,
             v_decode=v.decode,
             **static,

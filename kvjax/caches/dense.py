@@ -33,9 +33,10 @@ class Dense(Node):
         """See `Node`."""
         k, v = project.kv(h, span.positions if self.rotated else None)
         slots = jnp.where(span.real(), span.order, self.capacity)
-        node = self.replace(k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions))
         held = filled_positions(self.capacity, span.end)
-        return views_of(node.k.read(held, span.end), node.v.read(held, span.end), rotated=self.rotated), node
+        new_k, keys = self.k.extend(k, slots, span.order, held, span.end)
+        new_v, values = self.v.extend(v, slots, span.order, held, span.end)
+        return views_of(keys, values, rotated=self.rotated), self.replace(k=new_k, v=new_v)
 
     def resize(self, capacity: int, shared: Any) -> Dense:
         """See `Node`."""

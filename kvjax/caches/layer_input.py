@@ -65,7 +65,7 @@ class LayerInput(Node):
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`; what is kept, one head of width M, in the place of keys and of values."""
-        x = self.x.unpacked()
+        x = self.x.unpacked(lengths)
         return x, x, filled_positions(self.capacity, lengths)
 
 
@@ -104,11 +104,12 @@ class AbsorbedInput(LayerInput):
             factor=self.factor.write(factor[:, :, None], slots, span.positions),
         )
         held = filled_positions(self.capacity, span.end)
-        ((x, scale, at),), ((factor, _, _),) = node.x.read(held, span.end), node.factor.read(held, span.end)
-        values = jnp.where(jnp.isnan(factor), 0, factor)
-        if scale is not None:
-            factor, values = factor * scale, values * scale
-        return (View(x, x, at, k_scale=factor, v_scale=values, absorb=maps),), node
+        (x,), (kept,) = node.x.read(held, span.end), node.factor.read(held, span.end)
+        factor, values = kept.data, jnp.where(jnp.isnan(kept.data), 0, kept.data)
+        if x.scale is not None:
+            factor, values = factor * x.scale, values * x.scale
+        view = View(x.data, x.data, x.positions, factor, values, absorb=maps, k_decode=x.decode, v_decode=x.decode)
+        return (view,), node
 
 
 REASON = "a rotation, or a norm of each key, stands between the layer's input and its keys; leave absorb out"

@@ -86,7 +86,7 @@ class Pages(Shared):
         back, refused = self._read_by(table)._alone(inside)
         return self._read_by(jnp.where(refused[:, None] != 0, self.table, back.table)), refused
 
-    def own(self, places: Array) -> tuple[Pages, Array]:
+    def claim(self, places: Array) -> tuple[Pages, Array]:
         """See `Shared`."""
         rows = jnp.arange(places.shape[0])[:, None]
         writes = jnp.zeros(self.table.shape, bool).at[rows, places // self.page].set(True, mode="drop")

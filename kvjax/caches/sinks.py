@@ -42,11 +42,6 @@ class SinksInCache(Node):
     recent: Any
     sinks: int = struct.static()
 
-    @property
-    def max_rewind(self) -> int:  # type: ignore[override]
-        """The slack of the ring."""
-        return self.recent.max_rewind
-
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], SinksInCache]:
         """See `Node`."""
         rotated = self.recent.rotated

@@ -33,11 +33,6 @@ class Traced(Node):
     capacity: int = struct.static()
 
     @property
-    def max_rewind(self) -> int | None:  # type: ignore[override]
-        """That of the kind inside: the trace goes back as far as one likes."""
-        return self.inner.max_rewind
-
-    @property
     def replays(self) -> bool:  # type: ignore[override]
         """That of the kind inside; the trace is then written anew as well."""
         return self.inner.replays

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -120,7 +121,8 @@ def _text(about: dict[str, Any]) -> str:
         f"{'cache of one row':<30}{'bytes per token':>18}{'bytes at ' + format(about['context'], ',') + ' tokens':>28}",
     ]
     lines += [f"{c['kind']:<30}{c['bytes_per_token']:>18,}{c['bytes']:>28,}" for c in about["caches"]]
-    lines += [f"\n{c['kind']}: {c['remark']}" for c in about["caches"] if c["remark"]]
+    for cost in about["caches"]:
+        lines += ["", *textwrap.wrap(f"{cost['kind']}: {cost['remark']}", 80)] if cost["remark"] else []
     return "\n".join(lines)
 
 

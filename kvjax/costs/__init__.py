@@ -48,7 +48,9 @@ from kvjax.costs.work import (
     layer_flops,
     recompute_flops,
     reprojected_flops,
+    with_absorbed_flops,
     with_kv_flops,
+    with_reprojected_flops,
     without_cache_flops,
 )
 
@@ -92,6 +94,8 @@ __all__ = [
     "speculation_speedup",
     "step_seconds",
     "trace_nbytes",
+    "with_absorbed_flops",
     "with_kv_flops",
+    "with_reprojected_flops",
     "without_cache_flops",
 ]

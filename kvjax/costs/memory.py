@@ -145,24 +145,20 @@ def shared_prefix_nbytes(
     batch: int,
     capacity: int,
     prefix: int,
-    suffix: int,
-    other: int = 0,
     store: DType | Stored = jnp.float32,
 ) -> int:
-    """Bytes of one prompt for all rows and a suffix a row: 2 · L · K · D · (P + B · s) · bytes per element, and the
-    container.
+    """Bytes of one prompt for all rows and a suffix a row: 2 · L · K · D · (P + B · (T - P)) · bytes per element, the
+    prompt's ids and length, and the container.
 
     Args:
         config: the model.
         batch: B.
         capacity: T, tokens of a row, prefix included.
         prefix: P, slots of the shared prompt.
-        suffix: s, slots of each row's own.
-        other: bytes of bookkeeping.
         store: dtype of a stored element, or a `Stored`.
     """
-    kv = _kv_nbytes(config, prefix, store) + batch * _kv_nbytes(config, suffix, store)
-    return config.num_layers * kv + other + container_nbytes(batch, capacity)
+    kv = _kv_nbytes(config, prefix, store) + batch * _kv_nbytes(config, capacity - prefix, store)
+    return config.num_layers * kv + 4 * prefix + 4 + container_nbytes(batch, capacity)
 
 
 def layer_input_nbytes(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from kvjax.config import Config, NormOrder
 from kvjax.ops.attention import BLOCK, BLOCKWISE_ABOVE
@@ -147,8 +148,24 @@ def without_cache_flops(config: Config, tokens: int) -> int:
 
 def with_kv_flops(config: Config, tokens: int) -> int:
     """n tokens from nothing with K/V, the head left out: Σ over t = 1 … n of one token attending over t."""
-    one = layer_flops(config, 1)
-    return int(config.num_layers * ((one.projections + one.ffn) * tokens + one.scores * (tokens * (tokens + 1) // 2)))
+    return _over_text(kv_flops, config, tokens)
+
+
+def with_reprojected_flops(config: Config, tokens: int) -> int:
+    """n tokens from nothing with layer inputs projected again, the head left out: 4 · M · K · D more than with K/V for
+    each of the t positions of a layer at every step."""
+    return _over_text(reprojected_flops, config, tokens)
+
+
+def with_absorbed_flops(config: Config, tokens: int) -> int:
+    """n tokens from nothing with absorbed layer inputs, the head left out: scores of width M, and the maps' work."""
+    return _over_text(absorbed_flops, config, tokens)
+
+
+def _over_text(step: Callable[..., Flops], config: Config, tokens: int) -> int:
+    """Σ over t = 1 … n of a step over t slots, which grows by the same with every slot."""
+    first, second = (dataclasses.replace(step(config, slots=t), head=0).contractions for t in (1, 2))
+    return int(first * tokens + (second - first) * (tokens * (tokens - 1) // 2))
 
 
 def attention_equals_linear_at(config: Config) -> float:
@@ -173,6 +190,8 @@ __all__ = [
     "absorbed_flops",
     "without_cache_flops",
     "with_kv_flops",
+    "with_reprojected_flops",
+    "with_absorbed_flops",
     "attention_equals_linear_at",
     "cross_layer_flops",
 ]

@@ -92,6 +92,7 @@ def generate(
     seed: Any = None,
     plan: Any = None,
     stop_ids: Sequence[int] | None = None,
+    prefix: Cache | None = None,
 ) -> Generated:
     """Continues prompts until an end-of-sequence token or a budget.
 
@@ -109,12 +110,15 @@ def generate(
         seed: int, or one a row; the same seed samples the same alone and in any row.
         plan: kind of cache; None is `caches.default`.
         stop_ids: tokens that end a row, themselves included in what is emitted; None is those of `lm`.
+        prefix: a cache of one row whose text every prompt begins with. Only what follows is fed, and the prefix is
+            kept once for all rows; it stays usable. The result is the same without it.
 
     Returns:
         Texts, tokens, and a cache to go on from.
 
     Raises:
-        InputError: a prompt is empty or has ids outside the vocabulary, or budgets pass the model's positions.
+        InputError: a prompt is empty, has ids outside the vocabulary or does not go on from `prefix`, or budgets pass
+            the model's positions.
         CacheError: a row was flagged, for example because of NaN logits.
     """
     run = Run.start(
@@ -126,6 +130,7 @@ def generate(
         seed=seed,
         plan=plan,
         stop_ids=stop_ids,
+        prefix=prefix,
     )
     for run in run.chunks(loop.ALL):
         pass
@@ -157,12 +162,13 @@ class Run:
         seed: Any,
         plan: Any,
         stop_ids: Sequence[int] | None,
+        prefix: Cache | None = None,
     ) -> Run:
         """Encodes and prefills, or takes up an earlier result."""
         if (prompts is None) == (after is None):
             raise InputError("generate: give either prompts or after")
-        if after is not None and plan is not None:
-            raise InputError("generate: after has a cache already; plan goes with prompts")
+        if after is not None and not (plan is None and prefix is None):
+            raise InputError("generate: after has a cache already; plan and prefix go with prompts")
         model = model_of(lm)
         if after is not None and len(after.cache.layers) != len(model.layer_shapes()):
             here, there = len(model.layer_shapes()), len(after.cache.layers)
@@ -182,7 +188,7 @@ class Run:
         began = time.perf_counter()
         with Compilations() as made:
             if after is None:
-                state = _prefilled(model, ids, plan)
+                state = _prefilled(model, ids, plan, prefix)
             else:
                 last = np.asarray([row[-1] for row in ids])
                 emitted = (np.asarray(after.lengths) > 0) | (np.asarray(after.stop) == "eos")  # not of the prompt
@@ -270,21 +276,39 @@ def model_of(lm: LM | Model) -> Model:
     return lm.model if isinstance(lm, LM) else lm
 
 
-def _prefilled(model: Model, ids: list[list[int]], plan: Any) -> loop.Progress:
+def _prefilled(model: Model, ids: list[list[int]], plan: Any, prefix: Cache | None) -> loop.Progress:
+    longest = max(len(row) for row in ids)
+    if prefix is not None:
+        ids, prefix = _beyond(ids, prefix)
     lengths = np.asarray([len(row) for row in ids], np.int32)
-    longest = int(np.max(lengths))
-    tokens = np.zeros((len(ids), loop.bucket(longest)), np.int32)
+    tokens = np.zeros((len(ids), loop.bucket(int(np.max(lengths)))), np.int32)
     for row, values in enumerate(ids):
         tokens[row, : len(values)] = values
     capacity = loop.bucket(longest + AHEAD, CAPACITY)
-    cache, logits, stopped, wasted = _begin(model, tokens, lengths, plan=plan, capacity=capacity)
+    cache, logits, stopped, wasted = _begin(model, tokens, lengths, prefix, plan=plan, capacity=capacity)
     return loop.Progress(cache, logits, stopped, wasted)
 
 
+def _beyond(ids: list[list[int]], prefix: Cache) -> tuple[list[list[int]], Cache]:
+    """What each row feeds after a prefix, and the prefix without slots that it does not need."""
+    begin = _fed(prefix.check())[0]
+    for row, values in enumerate(ids):
+        if values[: len(begin)] != begin or len(values) == len(begin):
+            same = int(np.argmin([a == b for a, b in zip(values, begin, strict=False)] + [False]))
+            raise InputError(
+                f"generate: prompt {row} has {len(values)} tokens and goes with the prefix for {same}; it must begin "
+                f"with all {len(begin)} and have one more"
+            )
+    # A caller's cache of any size compiles what one that is just long enough does.
+    return [values[len(begin) :] for values in ids], prefix.resize(len(begin)) if begin else prefix
+
+
 @functools.partial(jax.jit, static_argnames=("plan", "capacity"))
-def _begin(model: Model, tokens: Array, lengths: Array, *, plan: Any, capacity: int) -> tuple[Any, ...]:
+def _begin(
+    model: Model, tokens: Array, lengths: Array, prefix: Cache | None, *, plan: Any, capacity: int
+) -> tuple[Any, ...]:
     # One program: an empty cache made outside would cost a compilation for each kind of buffer.
-    cache = init_cache(model, plan, batch=tokens.shape[0], capacity=capacity)
+    cache = init_cache(model, plan, batch=tokens.shape[0], capacity=capacity, prefix=prefix)
     logits, cache = loop.prefill(model, cache, tokens, lengths)
     return cache, logits, jnp.zeros(lengths.shape, bool), jnp.zeros((), jnp.int32)
 

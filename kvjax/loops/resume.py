@@ -49,7 +49,7 @@ def _resume(
 
     def given(kept: Any) -> Array:
         """`[B, S, M]`, what the layer was given, or is given now."""
-        x = jnp.take_along_axis(kept.unpacked()[:, 0], at, axis=1).astype(patch.dtype)
+        x = jnp.take_along_axis(kept.unpacked(cache.lengths)[:, 0], at, axis=1).astype(patch.dtype)
         column = places - position[:, None]
         new = jnp.take_along_axis(patch, jnp.clip(column, 0, s - 1)[:, :, None], axis=1)
         return jnp.where(((column >= 0) & (column < count))[:, :, None], new, x)
@@ -103,7 +103,7 @@ def resume(
     The result is that of running the whole text with the input of `layer` replaced by `patch`. The stream there comes
     from the cache: from the trace of the layer below (`after_ffn`; `embedding` for layer 0), or from kept layer
     inputs. Lengths stay; keys, values and traces from `layer` on are those of the new run, everything below is as it
-    was, the trace of the layer below too.
+    was, the trace of the layer below too. Kinds that keep nothing (`recompute`) forget the patch at the next call.
 
     Compiles once for each bucket (16, 32, 64, …) of the longest row's new positions, whatever layer and position;
     under `jit`, where these are not known, the bucket is the capacity. Kinds whose layers share something (pages)

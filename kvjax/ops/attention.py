@@ -245,8 +245,7 @@ def _partial(
     if v_scale is not None:
         weights = weights * v_scale[..., None, :].astype(precise)
     room = decoding.headroom(weights, q.dtype) if v_scale is not None else None
-    weights = weights if room is None else weights / room
-    weights = weights.astype(q.dtype)
+    weights = (weights if room is None else weights / room).astype(q.dtype)
     parts = [_contract(weights, x, weights.ndim - 1, x.ndim - 2, len(lead), precise) for x in values]
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
     out = out if room is None else out * room

@@ -93,11 +93,17 @@ def _fed(model: Model, cache: kvjax.Cache, tokens: Array) -> tuple[Array, kvjax.
     return logits.swapaxes(0, 1), cache
 
 
-def copy_loss(model: Model, tokens: Any, follows: Any) -> float:
-    """Nats per token that follows from those before, without a cache; tokens and mask as `copy_task` gives them."""
-    logits = jax.nn.log_softmax(kvjax.forward(model, tokens[:, :-1]), axis=-1)
-    picked = jnp.take_along_axis(logits, jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
-    return float(-np.asarray(picked)[follows[:, 1:]].mean())
+def copy_loss(model: Model, tokens: Any, follows: Any) -> tuple[float, float]:
+    """Nats per token that follows from those before, and the share of them with the largest logit, without a cache.
+
+    Args:
+        model: of a vocabulary of at least `VOCAB`.
+        tokens, follows: as `copy_task` gives them.
+    """
+    logits = np.asarray(jax.nn.log_softmax(kvjax.forward(model, tokens[:, :-1]), axis=-1))
+    picked = np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    right = logits.argmax(axis=-1) == tokens[:, 1:]
+    return float(-picked[follows[:, 1:]].mean()), float(right[follows[:, 1:]].mean())
 
 
 def copy_accuracy(

@@ -1,8 +1,8 @@
 """int4 in groups of tokens behind a tail in full precision: keys per channel, values per token.
 
 KIVI (Liu et al. 2024, 2402.02750): some channels of the keys are much larger than the others, so keys get a scale and a
-zero point per channel for every G tokens, values a scale per token. Here which tokens are read in full precision
-follows from the row's length alone, so that a row can go back.
+zero point per channel for every G tokens, values a scale per token. Here what a token reads in full precision follows
+from its own place alone, so that a row can go back, and a text may come in any chunks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Grouped(Store):
     sizes: Sizes
 
     def encoded(self, x: Array) -> dict[str, Array]:
-        """Groups `[B, n, G, K, D]` as kept, by field: `[B, n * G, K, ...]` for slots, `[B, n, K, ...]` for groups."""
+        """Groups `[B, n, G, K, D]` as kept, by field: `[B, n * G, K, ...]` of slots, or `[B, n, K, ...]` of groups."""
         raise NotImplementedError
 
     @property
@@ -71,17 +71,21 @@ class Grouped(Store):
     def write(self, x: Array, slots: Array, positions: Array, rows: Array | None = None) -> Any:
         """See `Store`. The slots of a row are consecutive; those outside come last."""
         sizes, x = self.sizes, x.astype(self.tail.dtype)
-        start = slots[:, :1]  # [B, 1]
+        start, size = slots[:, :1], x.shape[1]
         end = start + jnp.sum((slots >= 0) & (slots < sizes.slots), axis=1, keepdims=True, dtype=jnp.int32)
-        count = -(-x.shape[1] // sizes.group)
-        places = sizes.coded(start) + jnp.arange(count * sizes.group, dtype=jnp.int32)[None, :]
-        own = jnp.clip(places - start, 0, x.shape[1] - 1)[:, :, None, None]
-        new = jnp.take_along_axis(x, own, axis=1)
-        group = jnp.where((places >= start)[:, :, None, None], new, self._kept(places))  # [B, n * G, K, D]
-        node = self._coded(group, places, places < sizes.coded(end))
-        order = start + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+        order = start + jnp.arange(size, dtype=jnp.int32)[None, :]
         last = (order < end) & (order >= end - sizes.tail)
-        return node.replace(tail=storage.put(self.tail, x, jnp.where(last, order % sizes.tail, sizes.tail)))
+        node = self.replace(tail=storage.put(self.tail, x, jnp.where(last, order % sizes.tail, sizes.tail)))
+        count = -(-size // sizes.group)
+        places = sizes.coded(start) + jnp.arange(count * sizes.group, dtype=jnp.int32)[None, :]
+        if size <= sizes.slack + 1:
+            # What the new tokens overwrote lies before every group that they close.
+            group = node._kept(places)
+        else:
+            own = jnp.clip(places - start, 0, size - 1)[:, :, None, None]
+            own = jnp.take_along_axis(x, own, axis=1)
+            group = jnp.where((places >= start)[:, :, None, None], own, self._kept(places))  # [B, n * G, K, D]
+        return node._coded(group, places, places < sizes.coded(end))
 
     def _kept(self, places: Array) -> Array:
         """What the tail has of `places[B, n]`, `[B, n, K, D]`."""
@@ -101,18 +105,44 @@ class Grouped(Store):
         )
 
     def read(self, positions: Array, end: Array) -> tuple[Segment, ...]:
-        """See `Store`."""
-        sizes, coded = self.sizes, self.sizes.coded(end)[:, None]
+        """See `Store`; for a call that sees all alike."""
+        return self._codes(positions, end), self._tail(positions, end, self.sizes.coded(end))
+
+    def extend(
+        self, x: Array, slots: Array, order: Array, positions: Array, end: Array
+    ) -> tuple[Any, tuple[Segment, ...]]:
+        """See `Store`. Each new token reads as codes what it would if it were the last."""
+        node, sizes = self.write(x, slots, order), self.sizes
+        if x.shape[1] == 1:
+            return node, node.read(positions, end)
+        start, coded = order[:, 0], sizes.coded(order + 1)[:, :, None]  # [B, S, 1]
+        codes = node._codes(positions, end)
+        codes = codes._replace(visible=jnp.arange(codes.positions.shape[1])[None, None, :] < coded)
+        from_tail = (
+            x.shape[1] <= sizes.slack + 1
+        )  # otherwise the new tokens have overwritten what the first of them see
+        tail = (node if from_tail else self)._tail(positions, end if from_tail else start, sizes.coded(start + 1))
+        tail = tail._replace(visible=tail.positions[:, None, :] >= coded)
+        if from_tail:
+            return node, (codes, tail)
+        at = jnp.where(slots < sizes.slots, order, EMPTY)
+        fresh = Segment(storage.pack(x.astype(self.tail.dtype)), None, at, visible=at[:, None, :] >= coded)
+        return node, (codes, tail, fresh)
+
+    def _codes(self, positions: Array, end: Array) -> Segment:
+        """The codes of rows that have `end[b]` tokens."""
+        sizes = self.sizes
         slots = jnp.arange(sizes.groups * sizes.group, dtype=jnp.int32)[None, :]
         held = positions[:, : slots.shape[1]]
         held = jnp.pad(held, ((0, 0), (0, slots.shape[1] - held.shape[1])), constant_values=EMPTY)
+        return self.segment(jnp.where(slots < sizes.coded(end)[:, None], held, EMPTY))
+
+    def _tail(self, positions: Array, end: Array, first: Array) -> Segment:
+        """The tail of rows that have `end[b]` tokens, from slot `first[b]`."""
         last = end[:, None] - 1
-        place = last - (last - jnp.arange(sizes.tail, dtype=jnp.int32)[None, :]) % sizes.tail
+        place = last - (last - jnp.arange(self.sizes.tail, dtype=jnp.int32)[None, :]) % self.sizes.tail
         at = jnp.take_along_axis(positions, jnp.clip(place, 0, positions.shape[1] - 1), axis=1)
-        return (
-            self.segment(jnp.where(slots < coded, held, EMPTY)),
-            Segment(self.tail, None, jnp.where(place >= coded, at, EMPTY)),
-        )
+        return Segment(self.tail, None, jnp.where(place >= first[:, None], at, EMPTY))
 
     def segment(self, positions: Array) -> Segment:
         """The codes."""

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+
 from kvjax import struct
 from kvjax.caches import storage
+from kvjax.ops import decoding
 from kvjax.ops.attention import Decode
 from kvjax.types import Array, DType
 
@@ -25,6 +28,7 @@ class Segment(NamedTuple):
         positions: `[R, T']` int32, position of each slot.
         zero: `[*lead, T' / g, D]`, added per channel to what the scale has multiplied; or None.
         decode: module-level `(data, dtype) -> parts`, the numbers that packed codes stand for; None casts.
+        visible: `[B, S, T']` bool, which of the slots each new token may read here; None is all.
     """
 
     data: Array
@@ -32,16 +36,13 @@ class Segment(NamedTuple):
     positions: Array
     zero: Array | None = None
     decode: Decode | None = None
+    visible: Array | None = None
 
     def decoded(self, dtype: DType) -> Array:
         """`[*lead, T', D]` in `dtype`; a copy, but for plain elements of that dtype."""
-        x = self.data.astype(dtype)
-        if self.scale is None:
-            return x
-        if self.scale.ndim < x.ndim:
-            return x * self.scale[..., None].astype(dtype)
-        groups = x.reshape(*self.scale.shape[:-1], -1, x.shape[-1])  # [*lead, T' / g, g, D]
-        return (groups * self.scale[..., None, :].astype(dtype)).reshape(x.shape)
+        parts, scale = decoding.decoded(self.data, self.scale, self.zero, self.decode, dtype)
+        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        return x if scale is None else x * scale[..., None].astype(dtype)
 
 
 class Store(struct.Value):
@@ -73,6 +74,14 @@ class Store(struct.Value):
     def read(self, positions: Array, end: Array) -> tuple[Segment, ...]:
         """The stored buffers; `positions[R, T]` says what each slot holds when row b has `end[b]` tokens."""
         raise NotImplementedError
+
+    def extend(
+        self, x: Array, slots: Array, order: Array, positions: Array, end: Array
+    ) -> tuple[Any, tuple[Segment, ...]]:
+        """`write` and `read` in one, for a layout that keeps position t in slot t: what each new token reads must not
+        depend on those after it. `order[B, S]` is where they stand in the order of feeding."""
+        node = self.write(x, slots, order)
+        return node, node.read(positions, end)
 
     def fresh(self, x: Array, positions: Array) -> tuple[Segment, ...]:
         """`x[B, S, K, D]` as this store would keep it, in buffers of its own: a chunk is read before it is kept."""
