@@ -119,6 +119,7 @@ MUTATED = (
         slack=2,
     ),
     one_layer(caches.paged(8, share=2), scarce=caches.paged(8, pages=4)),
+    one_layer(caches.shared_prefix()),
     one_layer(caches.recompute(), keeps=False),
     one_layer(caches.layer_input(), W),
     one_layer(caches.layer_input(absorb=True), config=LEARNED),
@@ -127,12 +128,9 @@ MUTATED = (
     one_layer(caches.hybrid()),
     one_layer(caches.dense(store=codecs.int8()), **CODES),
     one_layer(caches.ring(W, slack=2, store=codecs.int8()), W, slack=2, **CODES),
-    one_layer(caches.dense(store=codecs.fp8()), exact=False, error=0.25),
-    one_layer(caches.dense(store=codecs.int4()), **CODES | {"error": 0.7}),
     one_layer(caches.dense(store=LATE), slack=4, **CODES | {"error": 0.25}),
-    one_layer(caches.dense(store=codecs.plain("bfloat16")), exact=False, error=0.02),
 )
-"""Every kind and every codec once, as the mutants see them."""
+"""Every kind, and codecs with one scale a token and with one a group, as the mutants see them."""
 
 
 def cases() -> list[Case]:

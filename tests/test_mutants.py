@@ -18,8 +18,8 @@ QUICK = ("start + 1", "valid + 1", "mask < for <=", "rewind off by one", "rows s
 KILLED_BY = {
     promises.same_logits: "window - 1",
     promises.rewind: "rewind a no-op",
-    promises.idle_rows: "valid + 1",
-    promises.past_capacity: "write clamped",
+    promises.idle_rows: "write clamped",
+    promises.past_capacity: "valid + 1",
     promises.rewind_beyond_the_slack: "flag never set",
     promises.runs_out: "flag never set",
     promises.neighbours: "unused slots seen",

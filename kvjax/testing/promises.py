@@ -279,6 +279,8 @@ def runs_out(case: Case) -> None:
 def idle_rows(case: Case) -> None:
     """A row that is given nothing, or a chunk that does not fit, is left bitwise as it was, unused slots included."""
     _, cache = case.fed(NEAR)
+    if case.slack != 0:  # behind the end lies a token that was dropped, where padding would be seen
+        cache = step(case.model, cache, FEED[0])[1].rewind(NEAR)
     ids = prompt_ids(6)
     logits, after = VALUE.prefill(case.model, cache, ids, np.array([3, 3, 0], np.int32))  # no look on the host
     expect(after.lengths.tolist() == [94, 10, 1], f"lengths {after.lengths}")
