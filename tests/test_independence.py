@@ -11,6 +11,7 @@ from models import PROMPTS, SAMPLER, STEPS, VOCAB, filled, prompt_ids
 
 import kvjax
 from kvjax.caches import storage
+from kvjax.caches.paged import Paged
 from kvjax.ops.attention import EMPTY
 
 
@@ -73,16 +74,19 @@ def poison(cache, used=False):
     """Unused slots (or one used) with NaN keys and huge values; ids past a row's length are no ids."""
     past = jnp.arange(cache.capacity)[None, :] >= cache.lengths[:, None]
     layers = []
-    for layer, node in enumerate(cache.layers):
-        if node.replays or not hasattr(node, "k"):
+    for node in cache.layers:
+        own, shared = (node.suffix, cache.shared["prefix"].suffix) if hasattr(node, "suffix") else (node, cache.shared)
+        if node.replays or not hasattr(own, "k"):
             layers.append(node)
             continue
-        at = cache.positions(layer)
+        paged = isinstance(own, Paged)
+        at = shared["pages"].held(cache.lengths) if paged else own.contents(cache.lengths, shared)[2]
         where = (at == 0 if used else at == EMPTY)[:, None, :, None]
         assert bool(where.any())
-        k = storage.repack(jnp.where(where, jnp.nan, cache.keys(layer)))
-        v = storage.repack(jnp.where(where, 1e30, cache.values(layer)))
-        layers.append(node.replace(k=node.k.replace(data=k), v=node.v.replace(data=v)))
+        k = storage.repack(jnp.where(where, jnp.nan, own.k.unpacked()))
+        v = storage.repack(jnp.where(where, 1e30, own.v.unpacked()))
+        own = own.replace(k=own.k.replace(data=k), v=own.v.replace(data=v))
+        layers.append(node.replace(suffix=own) if hasattr(node, "suffix") else own)
     return cache.replace(layers=tuple(layers), tokens=jnp.where(past, -12345, cache.tokens))
 
 
