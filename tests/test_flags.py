@@ -29,29 +29,6 @@ def near(case, lengths=NEAR):
     return fed(case.model, case.plan, lengths)
 
 
-@pytest.mark.corner
-@kinds.first_of_each()
-def test_a_step_past_the_capacity_is_dropped_flagged_and_nan(case):
-    _, cache = near(case)
-    _, other = near(case, SHORT)
-    before = None
-    for i in range(5):
-        before = cache if i == 2 else before
-        logits, cache = kvjax.step(case.model, cache, FEED[i])
-        want, other = kvjax.step(case.model, other, FEED[i])
-        assert bits(logits[1:]) == bits(want[1:]), "neighbours of a full row"
-        assert np.isnan(logits[0]).all() == np.isnan(logits[0]).any() == (i >= 2)
-    np.testing.assert_array_equal(cache.lengths, [96, 12, 6])
-    np.testing.assert_array_equal(cache.flags, [CAPACITY, 0, 0])
-    np.testing.assert_array_equal(cache.tokens[0], before.tokens[0])
-    if case.keeps:
-        for layer in range(len(cache.layers)):
-            assert bits(cache.keys(layer)[0]) == bits(before.keys(layer)[0])
-            assert bits(cache.values(layer)[0]) == bits(before.values(layer)[0])
-    with pytest.raises(CacheError, match="row 0, length 96, capacity 96.*past the capacity"):
-        cache.check()
-
-
 @kinds.first_of_each()
 def test_a_scan_past_the_capacity_gives_the_tokens_that_fit_and_flags(case):
     how = {"steps": STEPS, "sampler": SAMPLER, "seed": [4, 5, 6]}
@@ -64,22 +41,6 @@ def test_a_scan_past_the_capacity_gives_the_tokens_that_fit_and_flags(case):
     want, unharmed, _ = kvjax.decode(case.model, cache, first, **how)
     np.testing.assert_array_equal(tokens[1:], want[1:])
     assert np.isnan(logits[0]).all() and bits(logits[1:]) == bits(unharmed[1:])
-
-
-@kinds.first_of_each()
-def test_a_chunk_that_does_not_fit_leaves_the_row_as_it_was_under_jit(case):
-    _, cache = near(case)
-    chunk = jnp.asarray(prompt_ids(6))
-    logits, after = jax.jit(kvjax.prefill)(case.model, cache, chunk, jnp.array([3, 3, 0]))
-    np.testing.assert_array_equal(after.lengths, [94, 10, 1])
-    np.testing.assert_array_equal(after.flags, [CAPACITY, 0, 0])
-    np.testing.assert_array_equal(after.tokens[0], cache.tokens[0])
-    assert np.isnan(logits[0]).all() and not np.isnan(logits[1]).any()
-    if case.keeps:
-        for layer in range(len(cache.layers)):
-            for row in (0, 2):
-                assert bits(after.keys(layer)[row]) == bits(cache.keys(layer)[row])
-                assert bits(after.values(layer)[row]) == bits(cache.values(layer)[row])
 
 
 @kinds.mixed()

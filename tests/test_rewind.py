@@ -1,4 +1,4 @@
-"""Promise: after a rewind the live part is bitwise what it would be had the dropped tokens never been seen."""
+"""What may not be rewound is an error on the host and a flag under `jit`; that it is bitwise right, `test_suite`."""
 
 from __future__ import annotations
 
@@ -12,101 +12,10 @@ from models import CAPACITY, MIXED, PROMPTS, fed, filled, prompt_ids, tiny
 import kvjax
 from kvjax import CacheError, caches
 from kvjax.caches.base import REWIND
-from kvjax.ops.attention import EMPTY
+from kvjax.testing.cases import steps_over
 
 KEPT = prompt_ids(3, 10)[:, :3]  # [10 steps, B], fed in the end
 DROPPED = prompt_ids(4, 8)[:, :3]
-
-
-def step_over(model, cache, steps):
-    """Logits of each step, and the cache."""
-    found = []
-    for tokens in steps:
-        logits, cache = kvjax.step(model, cache, tokens)
-        found.append(np.asarray(logits))
-    return np.array(found), cache
-
-
-def same(cache, other):
-    """Lengths, tokens fed, and what live slots hold, bit by bit."""
-    np.testing.assert_array_equal(cache.lengths, other.lengths)
-    fed = np.arange(cache.capacity)[None, :] < np.asarray(cache.lengths)[:, None]
-    np.testing.assert_array_equal(np.asarray(cache.tokens)[fed], np.asarray(other.tokens)[fed])
-    for layer, node in enumerate(cache.layers):
-        if not node.replays:
-            at = np.asarray(cache.positions(layer))
-            np.testing.assert_array_equal(at, other.positions(layer))
-            live = np.broadcast_to((at != EMPTY)[:, None, :], cache.keys(layer).shape[:3])
-            for a, b in ((cache.keys(layer), other.keys(layer)), (cache.values(layer), other.values(layer))):
-                assert np.asarray(a)[live].tobytes() == np.asarray(b)[live].tobytes()
-
-
-def drops(case):
-    """How many tokens the rows take back: at once, ragged, as many as possible."""
-    most = min(case.slack if case.slack is not None else len(DROPPED), len(DROPPED))
-    return sorted({(most,) * 3, (most, 0, most // 2), (1 if most else 0, most, 0)})
-
-
-@pytest.mark.corner
-@kinds.each()
-def test_a_rewound_cache_is_bitwise_one_that_never_saw_the_dropped_tokens(case):
-    model = case.model
-    _, start = filled(model, case.plan)
-    _, start = step_over(model, start, KEPT[:2])  # rings have wrapped in the longest row, not in the shortest
-    want, end = step_over(model, start, KEPT[2:])
-    for drop in drops(case):
-        drop = np.array(drop)
-        _, ahead = step_over(model, start, DROPPED[: max(drop)])
-        # rows that drop fewer saw fewer: they are rewound to where the others' text parts
-        back = ahead.rewind(start.lengths)
-        same(back, start)
-        got, cache = step_over(model, back, KEPT[2:])
-        assert got.tobytes() == want.tobytes()
-        same(cache, end)
-
-
-@kinds.each()
-def test_rows_rewind_to_lengths_of_their_own(case):
-    model = case.model
-    _, start = filled(model, case.plan)
-    rows = [step_over(model, start, KEPT[:n])[1] for n in range(len(KEPT) + 1)]
-    for drop in drops(case):
-        back = rows[8].rewind(rows[8].lengths - jnp.array(drop))
-        for row, n in enumerate(drop):
-            same(back.take([row]), rows[8 - n].take([row]))
-        steps = np.stack([KEPT[8 - np.array(drop) + i, np.arange(3)] for i in range(2)])
-        logits, _ = step_over(model, back, steps)
-        for row, n in enumerate(drop):
-            want, _ = step_over(model, rows[8 - n], KEPT[8 - n : 10 - n])
-            assert logits[:, row].tobytes() == want[:, row].tobytes()
-
-
-@kinds.each(lambda case: case.slack is None or case.slack >= 2)
-def test_two_rewinds_in_a_row_are_one(case):
-    model = case.model
-    _, start = filled(model, case.plan)
-    _, ahead = step_over(model, start, DROPPED[:2])
-    same(ahead.rewind(ahead.lengths - 1).rewind(start.lengths), start)
-    # back, forth on another way, and back again: the slack counts from the furthest token
-    _, again = step_over(model, ahead.rewind(start.lengths), KEPT[:2])
-    back = again.rewind(start.lengths)
-    same(back, start)
-    want, _ = step_over(model, start, KEPT[2:6])
-    got, _ = step_over(model, back, KEPT[2:6])
-    assert got.tobytes() == want.tobytes()
-
-
-@kinds.each()
-def test_a_prompt_fed_in_one_chunk_can_be_rewound_too(case):
-    n = 3 if case.slack is None else min(case.slack, 3)
-    model, lengths = case.model, PROMPTS - np.minimum(n, PROMPTS)
-    _, cache = filled(model, case.plan)
-    back = cache.rewind(lengths)
-    _, short = filled(model, case.plan, valid=lengths)
-    same(back, short)
-    got, _ = step_over(model, back, KEPT[:4])
-    want, _ = step_over(model, short, KEPT[:4])
-    assert got.tobytes() == want.tobytes()
 
 
 def ring():
@@ -125,7 +34,7 @@ def test_a_rewind_beyond_the_slack_is_an_error_on_the_host():
         back.rewind([11, 7, 1])
     with pytest.raises(CacheError, match="row 0 to length 11"):  # a resize does not bring back what is lost
         back.resize(14).rewind([11, 7, 1])
-    _, back = step_over(model, back, KEPT[:1])
+    _, back = steps_over(model, back, KEPT[:1])
     with pytest.raises(CacheError, match="row 0 to length 11 is 5 behind"):
         back.rewind([11, 7, 1])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,6 +57,7 @@ class Case:
             `init_cache`.
         scarce: for kinds whose layers share something that can run out, a plan that has enough for the prompts of the
             suite, 16, 7 and 1 tokens, and not for a token more in the first row.
+        error: of an approximation, how far its logits may be from those of the reference, root mean square.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Case:
     refuses: tuple[str, ...] = ()
     begin: Callable[..., Cache] | None = None
     scarce: Any = None
+    error: float = 0.0
 
     @property
     def model(self) -> Model:
@@ -118,7 +120,7 @@ def _fed(model: Model, cache: Cache, lengths: np.ndarray) -> tuple[Array, Cache]
     return jnp.asarray(logits), cache
 
 
-def steps_over(model: Model, cache: Cache, tokens: Sequence[Any]) -> tuple[np.ndarray, Cache]:
+def steps_over(model: Model, cache: Cache, tokens: Any) -> tuple[np.ndarray, Cache]:
     """Feeds `tokens[n, B]` step by step: logits `[n, B, V]` and the cache."""
     found = []
     for each in tokens:

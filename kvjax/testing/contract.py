@@ -59,8 +59,10 @@ class Refusal(NamedTuple):
 REFUSED = (
     Refusal("ring", "rewind", "beyond the stated slack: what was there has been overwritten"),
     Refusal("layer_input", "absorb", "across a rotation, or a norm of each key: it is not linear in what is kept"),
+    Refusal("int4_channels", "rewind", "beyond the stated slack: what was read exactly is codes by then"),
     Refusal("int8", "grad", "codes are integers"),
     Refusal("int4", "grad", "codes are integers"),
+    Refusal("int4_channels", "grad", "codes are integers"),
 )
 """The only cells of kind × operation that may be refused; a test fails when the list grows."""
 

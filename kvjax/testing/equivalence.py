@@ -31,8 +31,13 @@ LENGTHS = (16, 7, 1)
 class Algorithm(Protocol):
     """Makes tokens; anything with a name and these two functions is one."""
 
-    name: str
-    steps: int
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def steps(self) -> int:
+        """New tokens a row."""
 
     def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
         """From a prefilled cache and its logits: new tokens `[B, steps]`, and the logits after the last."""
@@ -53,11 +58,11 @@ class Greedy:
     def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
         """See `Algorithm`."""
         if self.scan:
-            tokens, logits, cache = decode(model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds)
+            made, logits, cache = decode(model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds)
         else:
-            tokens, logits, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
+            made, logits, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
         cache.check()
-        return np.asarray(tokens), logits
+        return np.asarray(made), logits
 
     def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
         """See `Algorithm`."""
@@ -96,7 +101,7 @@ def sampled(sampler: Any = None, steps: int = 64, *, scan: bool = True) -> Sampl
 
 def step_loop(
     model: Model, cache: Any, logits: Array, steps: int, sampler: Any, seeds: np.ndarray
-) -> tuple[np.ndarray, Array, Any]:
+) -> tuple[Any, Array, Any]:
     """What `kvjax.decode` does in one scan, as a loop of `kvjax.step`: tokens `[B, steps]`, logits and the cache."""
     keys, found = sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), []
     for _ in range(steps):
@@ -231,6 +236,10 @@ class Report:
             lines.append(f"{name:<30} {how:<16} {each.tokens:>7} {len(each.ties):>4} {each.worst:>8.1e}  {result}")
             lines += [f"  {text}" for text in each.wrong] + [f"  tie: {tie}" for tie in each.ties]
         return "\n".join(lines)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def check_equivalence(

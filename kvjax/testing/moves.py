@@ -31,7 +31,7 @@ MORE = np.array([4, 9, 12])
 
 
 def rows(case: Case) -> None:
-    """`take`, `reorder`, `fork`, `join` and `insert` move rows exactly as stored, and the rows decode on as they were."""
+    """`take`, `reorder`, `fork`, `join` and `insert` move rows exactly as stored; they decode on as they were."""
     model = case.model
     (_, cache), (_, other) = case.filled(), case.filled(7, MORE)
     want, _ = steps_over(model, cache, FEED[:3])
@@ -129,14 +129,15 @@ def jit_is_eager(case: Case) -> None:
 
 
 def types(case: Case) -> None:
-    """No operation changes structure, shapes or dtypes, so that nothing is compiled again; `eval_shape` tells the same."""
+    """No operation changes structure, shapes or dtypes: nothing is compiled again; `eval_shape` tells the same."""
     _, cache = case.filled()
     same_type = [cache, step(case.model, cache, FEED[0])[1], cache.rewind(cache.lengths), cache.take([0, 1, 2])]
     same_type += [cache.reorder([2, 0, 1]), cache.resize(CAPACITY + 32).resize(CAPACITY), cache.release([0])]
     same_type.append(jax.tree.unflatten(*reversed(jax.tree.flatten(cache))))
-    want = jax.tree.map(_aval, case.empty())
+    want: Any = jax.tree.map(_aval, case.empty())
+    structure: Any = jax.tree.structure(cache)
     for each in same_type:
-        expect(jax.tree.structure(each) == jax.tree.structure(cache), "the structure changed")
+        expect(structure == jax.tree.structure(each), "the structure changed")
         expect(jax.tree.map(_aval, each) == want, "a shape, a dtype or a weak type changed")
     tokens = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     logits, after = jax.eval_shape(step, case.model, jax.eval_shape(lambda: cache), tokens)

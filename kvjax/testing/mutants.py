@@ -65,7 +65,8 @@ class Mutant:
         views: `(views, span, window) -> views`, what attention reads; `window` is the layer's own.
         rows: `(node, rows) -> rows or None`, the rows that a `take` takes; None leaves the node as it is.
         drift: `(end, lengths) -> [B]`, by how much the node's own count is off after a rewind from `end`.
-        after: what becomes of a node's leaf that was rewound.
+        after: what becomes of a node's count that was rewound.
+        extended: what becomes of it after a call.
         uses_up: whether rows that are taken use the node's buffers up.
         unlimited: whether the node claims that it can be rewound any number of tokens, and flags of what is shared are
             lost.
@@ -80,6 +81,7 @@ class Mutant:
     rows: Callable[[Any, Any], Any] | None = None
     drift: Callable[[Array, Array], Array] | None = None
     after: Callable[[Array], Array] | None = None
+    extended: Callable[[Array], Array] | None = None
     uses_up: bool = False
     unlimited: bool = False
     lengths: Callable[[Array], Array] | None = None
@@ -166,7 +168,7 @@ class Mutated(Node):
         project = project if broken.project is None else broken.project(project)
         views, inner = self.inner.extend(h, project, seen, shared)
         views = views if broken.views is None else broken.views(views, span, self.window_of_layer)
-        return views, self.replace(inner=inner, end=end)
+        return views, self.replace(inner=inner, end=end if broken.extended is None else broken.extended(end))
 
     def record(self, site: str, x: Array, span: Span) -> Any:
         """See `Node`."""
@@ -403,6 +405,7 @@ MUTANTS = (
     Mutant("gradient stopped", lambda facts: facts.exact and facts.floats, views=_each_view(_without_gradient)),
     Mutant("rewind a no-op", drift=lambda end, lengths: end - lengths),
     Mutant("rewind off by one", drift=lambda end, lengths: (end > lengths).astype(jnp.int32)),
+    Mutant("another dtype after a call", extended=lambda end: end.astype(jnp.float32)),
     Mutant("another dtype after a rewind", after=lambda end: end.astype(jnp.float32)),
     Mutant("take = identity", lambda facts: facts.moves, rows=_left_where_they_are),
     Mutant("rows swapped", lambda facts: facts.moves, rows=lambda end, rows: jnp.roll(rows, 1)),

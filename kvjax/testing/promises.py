@@ -6,6 +6,7 @@ plan: a prefill of 16, a step, and a scan of 64 steps.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -42,20 +43,25 @@ NEAR = np.array([94, 7, 1])
 
 
 def same_logits(case: Case) -> float:
-    """The prompt cut anywhere, then step by step: the logits of recomputing from scratch, to 1e-5 of the largest.
+    """The prompt cut anywhere, then step by step: the logits of recomputing from scratch.
 
-    1e-12 where the model computes in float64. Returns the largest error over the largest logit.
+    Exact kinds to 1e-5 of the largest logit, 1e-12 where the model computes in float64. Approximations to the error
+    that the case states, root mean squares of the difference and of the logits compared. Returns the largest ratio.
     """
-    if not case.exact:
-        return 0.0
-    want, worst = _taught(case.but(case.reference), (16,)), 0.0
-    limit = 1e-12 if want.dtype == np.float64 else 1e-5
+    want, worst = _wanted(case.but(case.reference)), 0.0
+    limit = case.error if not case.exact else 1e-12 if want.dtype == np.float64 else 1e-5
+    size = np.max if case.exact else lambda x: np.sqrt(np.mean(x**2))
     for cut in cuts_of(16):
-        worst = max(worst, float(np.abs(_taught(case, cut) - want).max() / np.abs(want).max()))
+        worst = max(worst, float(size(np.abs(_taught(case, cut) - want)) / size(np.abs(want))))
         expect(
-            worst <= limit, f"prompt as {cut[:3]}: logits differ by {worst:.1e} of the largest, more than {limit:.0e}"
+            worst <= limit, f"prompt as {cut[:3]}: logits are off by {worst:.1e} of their size, more than {limit:.0e}"
         )
     return worst
+
+
+@functools.cache
+def _wanted(case: Case) -> np.ndarray:
+    return _taught(case, (16,))
 
 
 def _taught(case: Case, cut: tuple[int, ...]) -> np.ndarray:
@@ -79,7 +85,10 @@ def same_tokens(case: Case, seeds: tuple[int, ...] = (0,)) -> None:
 def scan_is_the_step_loop(case: Case) -> None:
     """One scan of 64 steps gives the tokens that a loop of `kvjax.step` gives, and a cache of the same contents."""
     first, cache = case.filled()
-    tokens, _, end = decode(case.model, cache, first, steps=LONG.steps, sampler=BOTH, seed=[0, 1, 2])
+    try:
+        tokens, _, end = decode(case.model, cache, first, steps=LONG.steps, sampler=BOTH, seed=[0, 1, 2])
+    except TypeError as error:
+        raise AssertionError(f"the cache cannot be carried through a scan: {error}") from None
     logits, after = steps_over(case.model, cache, np.asarray(tokens).T)
     keys = sampling.row_keys(jnp.arange(3, dtype=jnp.uint32))
     every = np.concatenate([np.asarray(first)[None], logits[:-1]])
@@ -257,7 +266,9 @@ def runs_out(case: Case) -> None:
     for i in range(3):
         logits, cache = step(case.model, cache, FEED[i])
         want, rich = step(case.model, rich, FEED[i])
-        equal(np.asarray(logits)[1:], np.asarray(want)[1:], "logits of neighbours of a refused row")
+        # Pools of two sizes are summed in two orders.
+        close = np.allclose(np.asarray(logits)[1:], np.asarray(want)[1:], rtol=1e-3, atol=1e-3)
+        expect(close, "logits of neighbours of a refused row are not those beside a larger pool")
         expect(np.isnan(np.asarray(logits)[0]).all(), "a row that was refused gives logits")
         expect(cache.lengths.tolist() == [PROMPTS[0], *(PROMPTS[1:] + i + 1)], f"lengths {cache.lengths}")
     expect(np.asarray(cache.flags).astype(bool).tolist() == [True, False, False], f"flags {cache.flags}")
