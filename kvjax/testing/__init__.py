@@ -4,9 +4,10 @@ Needs no test runner. `import kvjax` does not import it; `kvjax.testing` does.
 """
 
 from kvjax.testing import mutants
+from kvjax.testing.algorithms import greedy, sampled
 from kvjax.testing.cases import Case
 from kvjax.testing.contract import REFUSED, SuiteReport, run_suite, suite
-from kvjax.testing.equivalence import Report, against, check_equivalence, greedy, sampled
+from kvjax.testing.equivalence import Report, against, check_equivalence
 
 __all__ = [
     "check_equivalence",

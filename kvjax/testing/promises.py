@@ -19,6 +19,7 @@ from kvjax.caches.base import REWIND, Cache
 from kvjax.caches.codecs import Store
 from kvjax.errors import CacheError
 from kvjax.loops.decode import VALUE, decode, prefill, step
+from kvjax.testing.algorithms import cuts_of, fed_in_chunks, sampled
 from kvjax.testing.cases import (
     BATCH,
     CAPACITY,
@@ -31,7 +32,7 @@ from kvjax.testing.cases import (
     slots,
     steps_over,
 )
-from kvjax.testing.equivalence import against, check_equivalence, cuts_of, fed_in_chunks, sampled
+from kvjax.testing.equivalence import against, check_equivalence
 
 KEPT, DROPPED, FEED = prompt_ids(3, 10)[:, :3], prompt_ids(4, 8)[:, :3], prompt_ids(8, 8)[:, :3]
 BOTH = sampling.chain(sampling.temperature([0.0, 0.9, 0.7]), sampling.top_k(60), sampling.top_p(0.97))
