@@ -205,7 +205,8 @@ class ChannelStore(Grouped):
         """See `Grouped`. Codes from -8 to 7, made with the scale and the zero point as stored."""
         x = x.astype(jnp.float32)
         low, high = (f(x, axis=2, keepdims=True) for f in (jnp.min, jnp.max))
-        scale = scale_of(high / 15 - low / 15, 1, jnp.float32)  # high - low might be infinite
+        # Powers of two are exact, so that no fused operation rounds otherwise; high - low might be infinite.
+        scale = scale_of(high * 0.5 - low * 0.5, 7.5, jnp.float32)
         zero = low + 8 * scale
         codes = pack_nibbles(whole_codes((x - zero) / scale, -8, 7))
         return {

@@ -26,7 +26,8 @@ SCALES = ("float32", "bfloat16")
 def scale_of(largest: Array, limit: float, dtype: DType) -> Array:
     """A scale as it is stored, for elements of at most `largest` and codes of at most `limit`."""
     # Not below the least normal number: zeros need a scale to be divided by, and a CPU flushes what is smaller to 0.
-    return jnp.maximum(largest / limit, jnp.finfo(dtype).tiny).astype(dtype)
+    # Multiplied: XLA turns a division by a constant into that under jit only, and codes must not depend on it.
+    return jnp.maximum(largest * (1 / limit), jnp.finfo(dtype).tiny).astype(dtype)
 
 
 def whole_codes(x: Array, low: int, high: int) -> Array:
