@@ -418,6 +418,22 @@ def test_a_rewind_into_shared_pages_needs_a_page_and_otherwise_stays():
     np.testing.assert_array_equal(flagged.lengths, [25, 16, 0])
 
 
+def test_under_jit_a_refused_rewind_leaves_its_pages_to_nobody_else():
+    plan = caches.paged(PAGE, pages=5, share=3)
+    numbers = lambda start: jnp.arange(start, start + CHUNK, dtype=jnp.float32)[None, :].repeat(ROWS, 0)  # noqa: E731
+    cache = DO["take"](feed(fresh(plan), numbers(10), jnp.array([5, 0, 0])), jnp.array([0, 0, 0]))
+    cache = DO["rewind"](cache, jnp.array([4, 4, 2]))  # all read the first page, rows 0 and 1 the second
+    for count in (5, 1):
+        cache = feed(cache, numbers(20), jnp.array([0, 0, count]))  # row 2 takes all that is free
+    assert not np.asarray(cache.shared["pages"].free).any()
+    before = np.asarray(LOOK(cache)[1])
+    back = DO["rewind"](cache, jnp.array([1, 3, 8]))  # row 0 would need a page of its own
+    np.testing.assert_array_equal(back.lengths, [4, 4, 8])
+    np.testing.assert_array_equal(back.flags, [PAGES, PAGES, 0])
+    after = feed(back, numbers(50), jnp.array([0, 1, 0]))
+    np.testing.assert_array_equal(np.asarray(LOOK(after)[1])[0, :4], before[0, :4])
+
+
 def test_a_row_of_nan_keys_does_not_reach_the_others():
     _, cache = filled(MODEL, caches.paged(8, share=2))
     first = int(cache.shared["pages"].table[0, 0])

@@ -200,6 +200,14 @@ def test_prefixes_that_cannot_be_shared_are_errors():
         caches.shared_prefix(caches.dense)
 
 
+def test_sinks_that_the_prefix_does_not_keep_are_an_error():
+    plan = (caches.ring(WINDOW, slack=8, sinks=2), caches.dense())
+    with pytest.raises(InputError, match="sees 2 sinks, but the prefix's ring keeps 0"):
+        shared(plan, RING)
+    logits, _ = shared(plan, plan)
+    assert np.isfinite(np.asarray(logits)).all()
+
+
 def test_under_jit_a_prefix_may_be_shorter_than_its_buffers_and_nothing_is_lost():
     short = prefix().rewind(P - 3)
     cache = jax.jit(lambda one: kvjax.init_cache(tiny(MIXED), caches.dense(), batch=3, capacity=36, prefix=one))(short)

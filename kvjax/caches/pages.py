@@ -83,8 +83,14 @@ class Pages(Shared):
         table = jnp.where(self.kept(lengths), self.table, -1)
         column = jnp.arange(table.shape[1], dtype=jnp.int32)[None, :]
         inside = (column == lengths[:, None] // self.page) & (lengths % self.page > 0)[:, None]
-        back, refused = self._read_by(table)._alone(inside)
-        return self._read_by(jnp.where(refused[:, None] != 0, self.table, back.table)), refused
+        back, short = self._read_by(table)._alone(inside)
+        if self.readers.shape[1] == 1:
+            return back, short
+        # A refused row goes on reading what it read: then no page that was shared is anybody's to write.
+        shared = (self.table >= 0) & (self.readers[self.table, 1] >= 0)
+        refused = jnp.any(short != 0) & jnp.any(inside & shared, axis=1)
+        table = jnp.where(refused[:, None], self.table, back.table)
+        return self._read_by(table), jnp.where(refused, PAGES, 0).astype(jnp.int32)
 
     def claim(self, places: Array) -> tuple[Pages, Array]:
         """See `Shared`."""

@@ -201,7 +201,14 @@ def _seen(view: View, window: int | None, sinks: int) -> View:
     """The prefix as the suffix's kind lets it be seen: a ring's window reaches back into it."""
     if window is None:
         return view
-    return view.replace(window=window if view.window is None else min(window, view.window), sinks=sinks)
+    if view.window is None:
+        return view.replace(window=window, sinks=sinks)
+    if sinks > view.sinks:
+        raise InputError(
+            f"shared_prefix: the suffix's kind sees {sinks} sinks, but the prefix's ring keeps {view.sinks}; "
+            "prefill the prefix in a cache with as many"
+        )
+    return view.replace(window=min(window, view.window), sinks=sinks)
 
 
 def _for_all(view: View, batch: int) -> View:
