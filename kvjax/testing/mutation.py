@@ -30,7 +30,7 @@ class Facts:
         window: whether some layer has one; `narrows`: whether a view's window is narrower than the layer's own.
         turned: whether keys are turned to positions when they are projected.
         moves: whether taking rows changes a node.
-        shares: whether layers have something in common.
+        shares: whether layers have something in common that a rewind gives back.
         floats: whether all buffers that keys and values are read from are floating.
     """
 
@@ -293,6 +293,8 @@ def facts_of(case: Case) -> Facts:
     cache = jax.eval_shape(lambda: probe.empty_for(model))
     jax.eval_shape(VALUE.prefill, model, cache, prompt_ids(), PROMPTS)
     moved = jax.make_jaxpr(lambda nodes, rows: [node.inner.take(rows, cache.shared, cache.shared) for node in nodes])
+    lengths = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    given = jax.make_jaxpr(lambda shared, n: [entry.rewind(n)[0] for entry in shared.values()])(cache.shared, lengths)
     windows = [min((w for w in (view.window, own) if w is not None), default=None) for view, own in seen]
     return Facts(
         keeps=case.keeps,
@@ -303,7 +305,7 @@ def facts_of(case: Case) -> Facts:
         narrows=any(view.window is not None and (own is None or view.window < own) for view, own in seen),
         turned=any(turned) and isinstance(case.config.positions, Rope),
         moves=bool(cache.shared) or bool(moved(cache.layers, jax.ShapeDtypeStruct((BATCH,), jnp.int32)).jaxpr.eqns),
-        shares=bool(cache.shared),
+        shares=any(out not in given.jaxpr.invars for out in given.jaxpr.outvars),
         floats=all(jnp.issubdtype(view.k.dtype, jnp.floating) for view, _ in seen),
     )
 
