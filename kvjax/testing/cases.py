@@ -101,6 +101,10 @@ class Case:
         """The same with another plan."""
         return dataclasses.replace(self, plan=plan)
 
+    def of_reference(self) -> Case:
+        """The reference as a case: the same for all cases that share it, so that what it gives is computed once."""
+        return Case("reference", self.reference, self.config, self.reference, refuses=self.refuses, begin=self.begin)
+
 
 def _begin(model: Model, plan: Any, batch: int, capacity: int) -> Cache:
     return init_cache(model, plan, batch=batch, capacity=capacity)

@@ -2,7 +2,14 @@
 
 A mutant is a function from a plan to a broken plan. It wraps the nodes, and what layers share, of whatever kinds the
 plan has, and spoils what passes through: where tokens go, what is read, which rows move. `mutant.applies(case)` says
-where it changes anything at all: there is no scale in a plain store, no window on a layer that sees everything.
+where it changes anything at all:
+
+- there is no scale in a plain store, and no window on a layer that sees everything; the layer's own window hides what a
+  wider view would show;
+- a plan that keeps nothing writes nowhere, and a token too many lies behind the query that its logits are of;
+- keys that are not turned have no position, and codes of whole numbers and approximations no gradient to compare;
+- the flag of a full cache is the container's: a kind has flags of its own where rewinding or a pool has a limit;
+- pages are released too early only where a rewind gives some back, and rows move only where something is kept in rows.
 """
 
 from __future__ import annotations

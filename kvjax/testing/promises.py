@@ -50,7 +50,7 @@ def same_logits(case: Case) -> float:
     Exact kinds to 1e-5 of the largest logit, 1e-12 where the model computes in float64. Approximations to the error
     that the case states, root mean squares of the difference and of the logits compared. Returns the largest ratio.
     """
-    want, worst = _wanted(case.but(case.reference)), 0.0
+    want, worst = _wanted(case.of_reference()), 0.0
     limit = case.error if not case.exact else 1e-12 if want.dtype == np.float64 else 1e-5
     size = np.max if case.exact else lambda x: np.sqrt(np.mean(x**2))
     for cut in cuts_of(16):

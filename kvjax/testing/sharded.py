@@ -90,7 +90,7 @@ def sharded(case: Case) -> None:
     """
     if case.reference != Case.reference or case.begin is not None:
         return
-    alone = case.but(case.reference) if case.exact else case
+    alone = case.of_reference() if case.exact else case
     want = _alone(alone, case.config.windows)(*_arguments(case))
     got = _split(case)(*_arguments(case))
     expect(min(len(set(row)) for row in np.asarray(want).tolist()) >= 8, "the model repeats itself")
