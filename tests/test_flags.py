@@ -220,5 +220,5 @@ def test_numbers_beyond_32_bits_do_not_wrap():
 
 
 def test_every_flag_has_a_meaning_of_its_own():
-    assert len(MEANING) == len(set(MEANING.values())) == 7
+    assert len(MEANING) == len(set(MEANING.values())) == 8
     assert all(bit & (bit - 1) == 0 for bit in MEANING)
