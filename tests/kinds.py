@@ -120,17 +120,18 @@ MUTATED = (
     ),
     one_layer(caches.paged(8, share=2), scarce=caches.paged(16, pages=3)),
     one_layer(caches.shared_prefix()),
-    one_layer(caches.recompute(), keeps=False),
+    one_layer(caches.recompute(), W, keeps=False),  # without a window its last token sees all keys wherever they stand
     one_layer(caches.layer_input(), W),
     one_layer(caches.layer_input(absorb=True), config=LEARNED),
     one_layer(caches.traced(caches.dense())),
     one_layer(caches.output()),
-    one_layer(caches.hybrid()),
     one_layer(caches.dense(store=codecs.int8()), **CODES),
     one_layer(caches.ring(W, slack=2, store=codecs.int8()), W, slack=2, **CODES),
+    one_layer(caches.dense(store=codecs.int4()), **CODES | {"error": 0.5}),
+    one_layer(caches.dense(store=codecs.fp8()), exact=False, error=0.2),
     one_layer(caches.dense(store=LATE), slack=4, **CODES | {"error": 0.25}),
 )
-"""Every kind, and codecs with one scale a token and with one a group, as the mutants see them."""
+"""Every kind (`hybrid()` is `traced()`), and every codec with scales, as the mutants see them."""
 
 
 def cases() -> list[Case]:
