@@ -21,7 +21,7 @@ def is_concrete(x: Any) -> bool:
 def whole(name: str, x: Any, shapes: tuple[tuple[int, ...], ...] | None = None, error: type = InputError) -> Any:
     """`x` as int32: traced and on the device as it is, anything else as a NumPy array.
 
-    Does not wait for the device: an int32 array there holds nothing that could wrap.
+    Does not wait for the device where an array holds nothing that could wrap, as one of int32.
 
     Args:
         name: of the argument, for the error.
@@ -44,11 +44,24 @@ def whole(name: str, x: Any, shapes: tuple[tuple[int, ...], ...] | None = None, 
         wanted = " or ".join(str(list(shape)) if shape else "one number" for shape in shapes)
         raise error(f"{name} has shape {list(x.shape)}, it must be {wanted}")
     if isinstance(x, jax.Array):
-        return x.astype(jnp.int32)
+        if x.dtype.itemsize <= 4 and x.dtype != jnp.uint32 or not is_concrete(x):
+            return x.astype(jnp.int32)
+        x = np.asarray(x)
     beyond = (x < -MOST - 1) | (x > MOST)
     if beyond.any():
         raise error(f"{name} holds {x[beyond].flat[0]}, beyond 32 bits")
     return x.astype(np.int32)
 
 
-__all__ = ["whole", "is_concrete", "MOST"]
+def either(name: str, x: Any) -> bool:
+    """`x`, which is True or False.
+
+    Raises:
+        InputError: it is anything else; `'False'` would count as true.
+    """
+    if not isinstance(x, bool | np.bool_):
+        raise InputError(f"{name} must be True or False, not {x!r}")
+    return bool(x)
+
+
+__all__ = ["whole", "either", "is_concrete", "MOST"]

@@ -33,6 +33,7 @@ from kvjax.caches.base import Cache
 from kvjax.caches.codecs import Store
 from kvjax.checkpoint import reader
 from kvjax.checkpoint.reader import SafetensorsFile, parse_json, show
+from kvjax.checks import is_concrete
 from kvjax.errors import CacheError, CheckpointError, InputError
 from kvjax.model import Model, init_cache
 
@@ -56,10 +57,18 @@ def save_cache(path: str | os.PathLike[str], cache: Cache, model: Model) -> None
             for that all parameters are read once.
 
     Raises:
-        CacheError: the cache was not made by `init_cache` for such a model, or holds a dtype that has no place there.
+        CacheError: the cache was not made by `init_cache` for such a model, is traced, or holds a dtype that has no
+            place there; the path is a folder, or lies in none.
+        InputError: `model` is no `Model`.
     """
+    _checked(model)
     if not cache.plan:
         raise CacheError("save_cache: the cache has no plan; make it with kvjax.init_cache")
+    if not is_concrete(cache.lengths):
+        raise CacheError("save_cache: the cache is traced; save it outside jit")
+    if Path(path).is_dir() or not Path(path).resolve().parent.is_dir():
+        what = "is a folder" if Path(path).is_dir() else "lies in a folder that does not exist"
+        raise CacheError(f"save_cache: {path} {what}")
     tensors = _named(_apart(jax.tree.map(np.asarray, cache)))
     expected = _named(_abstract(model, cache.plan, cache.batch, cache.capacity))
     _compare(f"save_cache: a cache of {_plan_text(cache.plan)}", _shapes(tensors), _shapes(expected), CacheError)
@@ -90,6 +99,7 @@ def load_cache(path: str | os.PathLike[str], model: Model, *, plan: Any = None) 
         CheckpointError: the file is missing, cut off, damaged, of another version or of another model, or its tensors
             are not those of its plan. Names the thing and the two values that disagree.
     """
+    _checked(model)
     with SafetensorsFile(path) as file:
         about, tensors = file.metadata, {name: file.view(name) for name in file}
         version = about.get("kvjax_cache", "none")
@@ -112,6 +122,11 @@ def load_cache(path: str | os.PathLike[str], model: Model, *, plan: Any = None) 
         made = jax.tree.unflatten(jax.tree.structure(apart), [tensors[name] for name in expected])
         # Copies: a buffer that lies in the map would change with the file.
         return jax.tree.map(jnp.array, _together(made))
+
+
+def _checked(model: Any) -> None:
+    if not isinstance(model, Model):
+        raise InputError(f"model must be a kvjax.Model, such as lm.model, not {type(model).__name__}")
 
 
 def fingerprint(params: Any) -> str:

@@ -54,7 +54,7 @@ TABLE = {
         Case("gemma", caches.default(GEMMA), GEMMA, slack=plans.SLACK, full=True),
     ),
     caches.paged: (
-        Case("paged", caches.paged(8), scarce=caches.paged(8, pages=4)),
+        Case("paged", caches.paged(8), scarce=caches.paged(16, pages=3)),
         Case("paged and shared", caches.paged(8, share=2)),
         Case("pages of a pool", caches.paged(5, pages=60), full=True),
         Case("paged everywhere windowed", caches.paged(16, share=3), WINDOWED, full=True),
@@ -118,7 +118,7 @@ MUTATED = (
         reference=caches.recompute(sinks_in_cache=True, **SINKS),
         slack=2,
     ),
-    one_layer(caches.paged(8, share=2), scarce=caches.paged(8, pages=4)),
+    one_layer(caches.paged(8, share=2), scarce=caches.paged(16, pages=3)),
     one_layer(caches.shared_prefix()),
     one_layer(caches.recompute(), W, keeps=False),  # without a window its last token sees all keys wherever they stand
     one_layer(caches.layer_input(), W),

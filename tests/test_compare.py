@@ -49,6 +49,7 @@ def check(row, batch):
     assert all(took > 0 for rounds in row["seconds"].values() for took in rounds)
 
 
+@pytest.mark.full
 def test_every_strategy_on_a_model_without_rotation(command, folder):
     code, out, err = command(folder, *ARGV, "--no-rotation", "--json")
     assert (code, err) == (0, "") and out.count("\n") == 1

@@ -71,6 +71,7 @@ def test_ties_are_few_and_near_and_listed():
     assert outcome(worst=1e-13, limit=1e-12).ok and not outcome(worst=2e-12, limit=1e-12).ok
 
 
+@pytest.mark.full
 def test_a_model_that_repeats_itself_proves_nothing():
     model = tiny(ONE_LAYER)
     dull = model.replace(params=model.params | {"head": {"kernel": model.params["head"]["kernel"] * 0}})

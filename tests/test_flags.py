@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import kinds
 import numpy as np
 import pytest
-from models import MIXED, PROMPTS, SAMPLER, STEPS, fed, filled, prompt_ids, tiny
+from models import MIXED, PROMPTS, SAMPLER, STEPS, WINDOW, fed, filled, prompt_ids, tiny
 
 import kvjax
-from kvjax import CacheError, InputError, sampling
-from kvjax.caches.base import CAPACITY, MEANING, NAN, POSITIONS, TOKEN
+from kvjax import CacheError, InputError, caches, sampling
+from kvjax.caches.base import CAPACITY, COUNT, MEANING, NAN, POSITIONS, TOKEN
 
 FEED = prompt_ids(8, 8)[:, :3]
 NEAR = np.array([94, 7, 1])  # the first row is two tokens from the capacity
@@ -219,6 +219,17 @@ def test_numbers_beyond_32_bits_do_not_wrap():
         kvjax.generate(tiny(dataclasses.replace(MIXED, max_positions=90)), [[1, 2]], max_new_tokens=2**63 - 1)
 
 
+def test_under_jit_a_count_below_nothing_is_flagged_and_no_hidden_rewind():
+    model = tiny(MIXED)
+    _, cache = filled(model, (caches.ring(WINDOW, slack=1), caches.dense()))
+    run = jax.jit(lambda cache, valid: kvjax.prefill(model, cache, jnp.zeros((3, 4), jnp.int32), valid))
+    _, after = run(cache, jnp.array([-8, 5, 1], jnp.int32))
+    np.testing.assert_array_equal(after.lengths, np.asarray(cache.lengths) + [0, 0, 1])
+    np.testing.assert_array_equal(after.flags, [COUNT, COUNT, 0])
+    with pytest.raises(CacheError, match="row 0.*below 0 or above the columns"):
+        after.check()
+
+
 def test_every_flag_has_a_meaning_of_its_own():
-    assert len(MEANING) == len(set(MEANING.values())) == 7
+    assert len(MEANING) == len(set(MEANING.values())) == 9
     assert all(bit & (bit - 1) == 0 for bit in MEANING)

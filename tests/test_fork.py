@@ -16,7 +16,7 @@ def snapshot(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-def through_everything(model, out, cache, logits, branch):
+def through_everything(model, out, cache, logits, branch, folder):
     """Every public function that takes a cache, each from the same one."""
     ids = prompt_ids(20 + branch)
     yield kvjax.prefill(model, cache, ids[:, :5])
@@ -31,19 +31,20 @@ def through_everything(model, out, cache, logits, branch):
     yield cache.fork(2), cache.join(cache), cache.insert([branch], cache.take([2])), cache.release([branch])
     yield cache.keep(cache.lengths - 1, jnp.zeros((3, 1), jnp.int32), jnp.array([1, branch, 1]))
     yield cache.check()
+    yield kvjax.save_cache(folder / "one.safetensors", cache, model)
     for node in range(len(cache.layers)):
         if not cache.replays:
             yield cache.keys(node), cache.values(node), cache.positions(node)
 
 
 @kinds.mixed()
-def test_a_cache_is_bitwise_unharmed_after_both_branches_of_a_fork_ran_through_everything(case):
+def test_a_cache_is_bitwise_unharmed_after_both_branches_of_a_fork_ran_through_everything(case, tmp_path):
     model = case.model
     prompts = [row[:n].tolist() for row, n in zip(prompt_ids(), (16, 7, 2), strict=True)]
     out = kvjax.generate(model, prompts, max_new_tokens=3, plan=case.plan)
     before = snapshot((out.cache, out.logits)), out.tokens.copy(), out.lengths.copy()
     for branch in range(2):
-        for result in through_everything(model, out, out.cache, out.logits, branch):
+        for result in through_everything(model, out, out.cache, out.logits, branch, tmp_path):
             jax.block_until_ready(result.cache if isinstance(result, kvjax.Generated) else result)
     assert snapshot((out.cache, out.logits)) == before[0]
     np.testing.assert_array_equal(out.tokens, before[1])
@@ -51,9 +52,10 @@ def test_a_cache_is_bitwise_unharmed_after_both_branches_of_a_fork_ran_through_e
 
 
 def test_every_public_function_that_takes_a_cache_is_in_this_test():
-    takes = {"prefill", "step", "decode", "decode_until", "generate"}
+    takes = {"prefill", "step", "decode", "decode_until", "generate", "save_cache"}
+    takes |= {"resume"}  # of a cache with a trace, in test_resume
     public = {name for name in kvjax.__all__ if callable(getattr(kvjax, name))}
-    builds = {"init_cache", "cache_nbytes", "forward", "attend", "decoder", "init_params", "load"}
+    builds = {"init_cache", "cache_nbytes", "forward", "attend", "decoder", "init_params", "load", "load_cache"}
     types = {name for name in public if isinstance(getattr(kvjax, name), type)}
     assert public - builds - types <= takes, "a new function: let both branches run through it"
     methods = {name for name in dir(kvjax.Cache) if not name.startswith("_") and callable(getattr(kvjax.Cache, name))}
@@ -72,7 +74,7 @@ def test_donating_twins_give_equal_results_and_use_the_cache_up(case):
         "step": lambda where, cache: where.step(model, cache, ids[:, 0]),
         "decode": lambda where, cache: where.decode(model, cache, logits, steps=STEPS, sampler=SAMPLER),
     }
-    assert set(calls) | {"decode_until"} >= set(kvjax.donating.__all__)
+    assert set(calls) | {"decode_until", "resume"} >= set(kvjax.donating.__all__)  # resume: test_resume
     for name, call in calls.items():
         own = jax.tree.map(jnp.copy, cache)
         want = snapshot(call(kvjax, own))

@@ -37,3 +37,21 @@ def test_a_plan_that_does_not_fit_is_refused(plan, message):
 def test_per_layer_takes_kinds():
     with pytest.raises(kvjax.InputError, match="no kind of cache"):
         caches.per_layer(local=caches.ring, full=caches.dense())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: caches.traced(caches.dense), "traced: .* is no kind of cache"),
+        (lambda: caches.parse("traced(5)"), "traced: 5 is no kind of cache"),
+        (lambda: caches.dense(rotated="False"), "rotated must be True or False, not 'False'"),
+        (lambda: caches.paged(8, rotated=1), "rotated must be True or False, not 1"),
+        (lambda: caches.ring(6, sinks_in_cache=None), "sinks_in_cache must be True or False"),
+        (lambda: caches.layer_input(absorb="no"), "absorb must be True or False"),
+        (lambda: caches.parse("ring(-5)"), "window must be a whole number of at least 1, not -5"),
+        (lambda: caches.parse(caches.dense()), "is no text"),
+    ],
+)
+def test_arguments_of_kinds_are_looked_at(make, message):
+    with pytest.raises(kvjax.InputError, match=message):
+        make()

@@ -11,13 +11,14 @@ import pytest
 from models import CAPACITY, FULL, MIXED, PROMPTS, WINDOW, prompt_ids, tiny
 
 import kvjax
-from kvjax import CacheError, InputError, caches, costs
+from kvjax import CacheError, InputError, caches, codecs, costs
 from kvjax.caches.base import PREFIX, REWIND
 from kvjax.loops.decode import DONATING
 
 P = 13
 TEXT, REST, MORE = prompt_ids(3, 1)[:, :P] % 90, prompt_ids(4), prompt_ids(5, 8)[:, :3]
 RING = (caches.ring(WINDOW, slack=8), caches.dense())
+GROUPS = caches.dense(store=codecs.int4_channels(4, residual=2, slack=2))
 PAIRS = {
     "dense": (caches.dense(), caches.dense()),
     "paged": (caches.dense(), caches.paged(4, share=2)),
@@ -198,6 +199,19 @@ def test_prefixes_that_cannot_be_shared_are_errors():
         make(caches.recompute(), capacity=96, prefix=prefix())
     with pytest.raises(InputError, match="is no kind of cache"):
         caches.shared_prefix(caches.dense)
+
+
+def test_a_prefix_of_group_codes_is_read_as_it_is_kept():
+    (got, cache), (want, _) = shared(caches.dense(), GROUPS), whole()
+    np.testing.assert_array_equal(cache.keys(1)[0, :, :P], prefix(GROUPS).keys(1)[0, :, :P])
+    error = np.sqrt(np.mean(np.square(got - want)) / np.mean(np.square(want)))
+    assert 1e-3 < error < 0.25  # what int4_channels may err in tests/kinds.py
+
+
+def test_kinds_whose_heads_differ_cannot_be_shown_as_one():
+    _, cache = shared(caches.layer_input(), caches.dense())
+    with pytest.raises(CacheError, match="the prefix keeps heads of another sort, 2 of width 8, than .* 1 of width 32"):
+        cache.keys(0)
 
 
 def test_sinks_that_the_prefix_does_not_keep_are_an_error():

@@ -27,10 +27,9 @@ def each_check():
         for case in kinds.cases():
             left_out = case.full or case.name not in COSTLY.get(check, (case.name,))
             name = f"{check.__name__}-{case.name.replace(' ', '-')}"
-            yield pytest.param(check, case, id=name, marks=pytest.mark.full if left_out else ())
+            yield pytest.param(check, case, id=name, marks=pytest.mark.full if left_out else pytest.mark.corner)
 
 
-@pytest.mark.corner
 @pytest.mark.parametrize(("check", "case"), list(each_check()))
 def test_a_kind_of_cache_keeps_the_promise(check, case):
     check(case)

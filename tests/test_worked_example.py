@@ -9,19 +9,29 @@ import pytest
 
 import kvjax
 from kvjax import caches
+from kvjax.ops.attention import Absorb
 
 Q = K = np.array([[1, 0], [0, 1], [1, 1], [2, 2]], np.float32)
 V = np.array([[0, 1], [1, 0], [1, 1], [2, 2]], np.float32)
 
 
+def absorb(x):
+    """Keys and values are the first and the last half of the layer's input: linear in it."""
+    both = jnp.eye(4)
+    return Absorb(both[None, :2], both[None, :, 2:]), None
+
+
 def apply(params, config, cache, tokens, valid):
-    """One head; token i has query `K[i]`, key `K[i]` and value `V[i]`."""
-    k, v = (jnp.take(params[name], tokens, axis=0, mode="clip")[:, :, None, :] for name in "kv")
-    out, cache = kvjax.attend(cache, 0, q=k, kv=(k, v), scale=1.0)
-    return jnp.pad(out[:, :, 0], ((0, 0), (0, 0), (0, 2))), cache  # as wide as the vocabulary: logits of four ids
+    """One head; token i has query `K[i]`, key `K[i]` and value `V[i]`, which its embedding holds side by side."""
+    x = jnp.take(params, tokens, axis=0, mode="clip")
+    cache = cache.record(0, "embedding", x)
+    kv = lambda h: (h[:, :, None, :2], h[:, :, None, 2:])  # noqa: E731
+    out, cache = kvjax.attend(cache, 0, q=kv(x)[0], kv=kv, h=x, absorb=absorb, scale=1.0)
+    x = jnp.pad(out[:, :, 0], ((0, 0), (0, 0), (0, 2)))  # as wide as the vocabulary: logits of four ids
+    return x, cache.record(0, "after_ffn", x)
 
 
-MODEL = kvjax.Model({"k": jnp.asarray(K), "v": jnp.asarray(V)}, None, apply)
+MODEL = kvjax.Model(jnp.asarray(np.concatenate([K, V], axis=1)), None, apply)
 PLANS = {"dense": caches.dense(), "ring": caches.ring(4)}
 
 
@@ -49,7 +59,7 @@ def test_the_cache_returns_k_and_v_after_three_tokens_and_one_more(plan):
 def test_what_was_cached_is_what_is_computed_at_once():
     whole = kvjax.forward(MODEL, [[0, 1, 2, 3]])
     for case in kinds.cases():
-        if isinstance(case.plan, tuple):  # the example has one layer
+        if isinstance(case.plan, tuple) or not case.exact:  # the example has one layer
             continue
         cache = kvjax.init_cache(MODEL, case.plan, capacity=4)
         for token in range(4):

@@ -28,7 +28,7 @@ from kvjax.errors import CacheError
 from kvjax.ops.attention import EMPTY
 from kvjax.types import Array, DType
 
-CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX = (1 << i for i in range(8))
+CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX, COUNT = (1 << i for i in range(9))
 """Bits of `Cache.flags`."""
 
 MEANING = {
@@ -40,6 +40,7 @@ MEANING = {
     REWIND: "it was rewound further than its kind keeps",
     ROWS: "it was taken from a row outside the batch",
     PREFIX: "it was joined with rows that go on from another prefix",
+    COUNT: "it was given a number of tokens below 0 or above the columns",
 }
 
 
@@ -388,6 +389,7 @@ __all__ = [
     "REWIND",
     "ROWS",
     "PREFIX",
+    "COUNT",
     "ask",
     "MEANING",
     "DType",

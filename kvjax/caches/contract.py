@@ -222,6 +222,13 @@ class Node(struct.Value):
         limits = [part.max_rewind for part in parts if self._is_part(part) and part.max_rewind is not None]
         return min(limits, default=None)
 
+    @property
+    def reach(self) -> float | None:
+        """The largest number that every store can keep; None is any that the model computes with."""
+        parts = jax.tree.leaves(self, is_leaf=self._is_part)
+        limits = [part.reach for part in parts if self._is_part(part) and part.reach is not None]
+        return min(limits, default=None)
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         """Takes in the new tokens; hands back the views to attend over and the node that has them.
 

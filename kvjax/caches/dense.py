@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kvjax import struct
 from kvjax.caches import codecs
 from kvjax.caches.base import Kind, LayerShape, Node, Project, Span, filled_positions, views_of
+from kvjax.checks import either
 from kvjax.ops.attention import View
 from kvjax.types import Array
 
@@ -73,7 +74,7 @@ def dense(*, store: Any = None, rotated: bool = True) -> DenseKind:
         rotated: False keeps keys as they are projected and turns them when they are read: slower, and a text can be
             cut and joined without turning a stored key twice.
     """
-    return DenseKind(codecs.as_codec(store), rotated)
+    return DenseKind(codecs.as_codec(store), either("caches.dense: rotated", rotated))
 
 
 __all__ = ["dense", "Dense", "DenseKind"]

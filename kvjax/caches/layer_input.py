@@ -19,6 +19,7 @@ from kvjax.caches import codecs, storage
 from kvjax.caches.base import Kind, LayerShape, Node, Project, Span, filled_positions
 from kvjax.caches.codecs import Segment
 from kvjax.caches.dense import dense
+from kvjax.checks import either
 from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY, View
 from kvjax.types import Array
@@ -96,7 +97,7 @@ class AbsorbedInput(LayerInput):
             raise InputError(f"caches.layer_input(absorb=True): {REASON}")
         maps, factor = project.absorb(h)
         # What is not finite shows in the scores of those who see it: in the values 0 · NaN would leak to all.
-        good = jnp.all(jnp.isfinite(h), axis=-1)
+        good = jnp.all(jnp.isfinite(h) if self.reach is None else jnp.abs(h) <= self.reach, axis=-1)
         factor = jnp.where(good, 1.0 if factor is None else factor, jnp.nan)
         slots, h = self._slots(span), jnp.where(good[..., None], h, 0)
         node = self.replace(
@@ -173,7 +174,7 @@ def layer_input(*, absorb: bool = False, store: Any = None) -> LayerInputKind:
             position. Exact; only where neither a rotation nor a norm of each key stands between.
         store: a codec, or a floating dtype; None stores what the model computes in.
     """
-    return LayerInputKind(bool(absorb), codecs.as_codec(store))
+    return LayerInputKind(either("caches.layer_input: absorb", absorb), codecs.as_codec(store))
 
 
 __all__ = ["layer_input", "LayerInput", "AbsorbedInput", "LayerInputKind"]

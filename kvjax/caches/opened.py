@@ -51,8 +51,9 @@ class OpenCache(struct.Value):
         softcap: float | None = None,
     ) -> tuple[Array, OpenCache]:
         """Extends one layer's node and attends. `kvjax.attend` is the door for models of one's own."""
-        project = dataclasses.replace(project, kv=functools.partial(_finite_values, project.kv))
-        views, node = self.layers[layer].extend(h, project, self.span, self.shared)
+        node = self.layers[layer]
+        project = dataclasses.replace(project, kv=functools.partial(_finite_values, project.kv, node.reach))
+        views, node = node.extend(h, project, self.span, self.shared)
         views = tuple(self.span.tree_view(view) for view in views)
         out = attention(
             q,
@@ -73,12 +74,15 @@ class OpenCache(struct.Value):
         return self.replace(layers=layers)
 
 
-def _finite_values(kv: Callable[..., Any], h: Any, positions: Array | None) -> tuple[Array, Array]:
+def _finite_values(kv: Callable[..., Any], reach: float | None, h: Any, positions: Array | None) -> tuple[Array, Array]:
     """Keys and values, a value that is not finite moved into its key: there it shows as long as it is seen, and masks
-    hide it afterwards; among the values it would leak as 0 · NaN."""
+    hide it afterwards; among the values it would leak as 0 · NaN. So is what the stores cannot keep."""
     k, v = kv(h, positions)
-    good = jnp.isfinite(v)
-    return jnp.where(jnp.all(good, axis=-1, keepdims=True), k, jnp.nan), jnp.where(good, v, 0)
+    good = jnp.isfinite(v) if reach is None else jnp.abs(v) <= reach
+    fits = jnp.all(good, axis=-1, keepdims=True)
+    if reach is not None:
+        fits &= jnp.all(jnp.abs(k) <= reach, axis=-1, keepdims=True)
+    return jnp.where(fits, k, jnp.nan), jnp.where(good, v, 0)
 
 
 __all__ = ["OpenCache"]

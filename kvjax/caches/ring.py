@@ -15,6 +15,7 @@ from kvjax import struct
 from kvjax.caches import codecs
 from kvjax.caches.base import Kind, LayerShape, Node, Project, Span, views_of
 from kvjax.caches.sinks import SinksInCache
+from kvjax.checks import either
 from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY, View
 from kvjax.types import Array
@@ -155,10 +156,12 @@ def ring(
     Raises:
         InputError: `window` is less than 1, or another number negative; `sinks_in_cache` without sinks.
     """
-    for name, value, least in (("window", window, 1), ("sinks", sinks, int(sinks_in_cache)), ("slack", slack, 0)):
+    rotated = either("caches.ring: rotated", rotated)
+    in_cache = either("caches.ring: sinks_in_cache", sinks_in_cache)
+    for name, value, least in (("window", window, 1), ("sinks", sinks, int(in_cache)), ("slack", slack, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"caches.ring: {name} must be a whole number of at least {least}, not {value!r}")
-    return RingKind(window, sinks, slack, codecs.as_codec(store), rotated, bool(sinks_in_cache))
+    return RingKind(window, sinks, slack, codecs.as_codec(store), rotated, in_cache)
 
 
 __all__ = ["ring", "Ring", "RingKind"]

@@ -183,6 +183,10 @@ class SharedPrefix(Node):
         if self.prefix is None:
             return k, v, at
         parts = self.prefix.contents(common.length, common.prefix)
+        for a, b in zip(parts[:2], (k, v), strict=True):
+            if (a.shape[1], a.shape[3]) != (b.shape[1], b.shape[3]):
+                kept = [f"{x.shape[1]} of width {x.shape[3]}" for x in (a, b)]
+                raise CacheError(f"the prefix keeps heads of another sort, {kept[0]}, than the suffixes, {kept[1]}")
         both = [jnp.concatenate([jnp.repeat(a, b.shape[0], 0), b], -2) for a, b in zip(parts[:2], (k, v), strict=True)]
         return both[0], both[1], jnp.concatenate([jnp.repeat(parts[2], at.shape[0], 0), at], axis=1)
 

@@ -151,8 +151,10 @@ def traced(inner: Any = None, sites: Sequence[str] | None = None, *, store: Any 
     if sites is not None:
         if not isinstance(sites, tuple | list) or not sites or not all(isinstance(site, str) for site in sites):
             raise InputError(f"caches.traced: sites must be a tuple of names, at least one, not {sites!r}")
-    chosen = None if sites is None else tuple(sites)
-    return TracedKind(dense() if inner is None else inner, chosen, codecs.as_codec(store))
+    inner = dense() if inner is None else inner
+    if not isinstance(inner, Kind):
+        raise InputError(f"caches.traced: {inner!r} is no kind of cache; call it, as in caches.dense()")
+    return TracedKind(inner, None if sites is None else tuple(sites), codecs.as_codec(store))
 
 
 def output(*, store: Any = None) -> OutputKind:

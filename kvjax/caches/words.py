@@ -80,6 +80,8 @@ def read(text: str, words: Words) -> Any:
     Raises:
         InputError: another name, an argument that is none of these, or one that the word refuses.
     """
+    if not isinstance(text, str):
+        raise InputError(f"cache: {text!r} is no text; {EXAMPLE}")
     if len(text) > LONGEST:
         raise InputError(f"cache {text[:40]!r}… has {len(text)} characters; {EXAMPLE}")
     try:
@@ -107,6 +109,10 @@ def _call(text: str, node: ast.expr, words: Words) -> Any:
 def _value(text: str, node: ast.expr, words: Words) -> Any:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float, bool, str, type(None)):
         return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        number = node.operand.value
+        if isinstance(number, int | float):
+            return -number
     if isinstance(node, ast.Tuple):
         return tuple(_value(text, item, words) for item in node.elts)
     if isinstance(node, ast.Name) and node.id in DTYPES:

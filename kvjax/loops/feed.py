@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kvjax.caches.base import CAPACITY, NAN, POSITIONS, TOKEN, Cache, OpenCache, Span, Tree
+from kvjax.caches.base import CAPACITY, COUNT, NAN, POSITIONS, TOKEN, Cache, OpenCache, Span, Tree
 from kvjax.model import Model
 from kvjax.types import Array
 
@@ -26,8 +26,10 @@ def feed(model: Model, cache: Cache, tokens: Array, valid: Array, tree: Tree | N
     """
     b, s = tokens.shape
     start = cache.lengths
+    wrong = (valid < 0) | (valid > s)  # negative, it would be a rewind that nobody looks at
+    valid = jnp.where(wrong, 0, valid)
     full = start + valid > cache.capacity
-    flags = jnp.where(full, CAPACITY, 0)
+    flags = jnp.where(full, CAPACITY, 0) | jnp.where(wrong, COUNT, 0)
     if model.max_positions is not None:
         real = jnp.arange(s, dtype=jnp.int32)[None, :] < valid[:, None]
         last = valid if tree is None else jnp.max(jnp.where(real, tree.depths + 1, 0), axis=1)

@@ -270,7 +270,7 @@ class _Run:
         start, cache = self.prefilled(plan, cut)
         got, _ = self.algorithm.tokens(self.model, cache, start, self.seeds)
         mine = self.taught(plan, want, cut)
-        worst = float(np.max(np.abs(mine - logits)) / np.max(np.abs(logits)))
+        worst = float(np.max(np.abs(mine - logits)) / (np.max(np.abs(logits)) or 1))
         tokens, differences = 0, []
         for row in range(len(want)):
             different = np.flatnonzero(want[row] != got[row])

@@ -112,6 +112,8 @@ class Grouped(Store):
         self, x: Array, slots: Array, order: Array, positions: Array, end: Array
     ) -> tuple[Any, tuple[Segment, ...]]:
         """See `Store`. Each new token reads as codes what it would if it were the last."""
+        if not x.shape[1]:  # nothing is new: a prefix is only read
+            return self, self.read(positions, end)
         node, sizes = self.write(x, slots, order), self.sizes
         if x.shape[1] == 1:
             return node, node.read(positions, end)

@@ -27,6 +27,11 @@ class PlainStore(Store):
         """See `Store`."""
         return {"data": self.rest}
 
+    @property
+    def reach(self) -> float | None:
+        """See `Store`."""
+        return float(jnp.finfo(self.data.dtype).max) if self.data.dtype == jnp.float16 else None
+
     def write(self, x: Array, slots: Array, positions: Array, rows: Array | None = None) -> PlainStore:
         """See `Store`."""
         return self.replace(data=storage.put(self.data, x, slots, rows))

@@ -55,6 +55,11 @@ class Store(struct.Value):
     heads: int
 
     @property
+    def reach(self) -> float | None:
+        """The largest number that it can keep; None is any that the model computes with."""
+        return None
+
+    @property
     def max_rewind(self) -> int | None:
         """How many tokens behind the furthest one written are kept as they were written; None is any number."""
         return None
