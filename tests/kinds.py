@@ -28,6 +28,7 @@ TABLE = {
         Case("dense", caches.dense()),
         Case("dense everywhere full", caches.dense(), FULL, full=True),
         Case("post norm", caches.dense(), POST, full=True),
+        Case("keys un-rotated", caches.dense(rotated=False), full=True),
     ),
     caches.ring: (
         Case("ring", (caches.ring(W, slack=4), caches.dense()), slack=4),
@@ -38,6 +39,7 @@ TABLE = {
             slack=3,
         ),
         Case("ring everywhere", caches.ring(W, slack=2), WINDOWED, slack=2, full=True),
+        Case("ring of keys un-rotated", caches.ring(W, slack=2, rotated=False), WINDOWED, slack=2, full=True),
         Case("ring without slack", caches.ring(W), WINDOWED, slack=0, full=True),
         Case("ring wider than the window", caches.ring(W + 3, slack=1), WINDOWED, slack=1, full=True),
         Case("sinks everywhere", caches.ring(slack=1, **SINKS), FULL, caches.recompute(**SINKS), slack=1, full=True),
@@ -57,6 +59,7 @@ TABLE = {
         Case("paged", caches.paged(8), scarce=caches.paged(16, pages=3)),
         Case("paged and shared", caches.paged(8, share=2)),
         Case("pages of a pool", caches.paged(5, pages=60), full=True),
+        Case("pages of keys un-rotated", caches.paged(8, share=2, rotated=False), full=True),
         Case("paged everywhere windowed", caches.paged(16, share=3), WINDOWED, full=True),
     ),
     caches.shared_prefix: (

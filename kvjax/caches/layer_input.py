@@ -140,7 +140,7 @@ class LayerInputKind(Kind):
         if not shape.absorbs:
             raise InputError(f"caches.layer_input(absorb=True): layer {shape.index}: {REASON}")
         at = filled_positions(capacity, jnp.zeros((batch,), jnp.int32))
-        segments = jax.eval_shape(lambda: x.read(at, at[:, 0]))
+        segments = x.read(at, at[:, 0])
         if len(segments) > 1 or (segments[0].scale is not None and segments[0].scale.ndim == segments[0].data.ndim):
             raise InputError(f"caches.layer_input(absorb=True): a store of {self.store} has no one factor a position")
         precise = jnp.promote_types(jnp.float32, shape.dtype)
