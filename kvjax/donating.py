@@ -1,7 +1,8 @@
 """The twins of the functions that take a cache, which use it up: its buffers become the result's.
 
-`logits, cache = kvjax.donating.step(model, cache, tokens)`; the old `cache` must not be used again, nor
-what shares buffers with it: a `rewind`, a `resize` to the same capacity. `decode_until` uses up the logits too.
+`logits, cache = kvjax.donating.step(model, cache, tokens)`; the old `cache` must not be used again, nor what was made
+from it, or it from, by any operation (`rewind`, `release`, `resize`, a `take` that keeps a shared prefix, …): they may
+share buffers, unless copied (`jax.tree.map(jnp.copy, cache)`). `decode_until` uses up the logits too.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ MUTATED = (
     one_layer(caches.output()),
     one_layer(caches.dense(store=codecs.int8()), **CODES),
     one_layer(caches.ring(W, slack=2, store=codecs.int8()), W, slack=2, **CODES),
-    one_layer(caches.dense(store=codecs.int4()), **CODES | {"error": 0.5}),
+    one_layer(caches.dense(store=codecs.int4()), **CODES | {"error": 0.4}),
     one_layer(caches.dense(store=codecs.fp8()), exact=False, error=0.2),
     one_layer(caches.dense(store=LATE), slack=4, **CODES | {"error": 0.25}),
 )

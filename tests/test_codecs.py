@@ -150,6 +150,18 @@ def test_a_key_that_is_not_finite_shows_while_it_is_seen_and_not_afterwards(name
             assert np.isnan(out).any() == wrong
 
 
+@pytest.mark.parametrize(
+    "store", [codecs.int8(), codecs.fp8(), codecs.int4(), codecs.int4_channels(4, residual=2)], ids=str
+)
+def test_a_gradient_through_codes_is_refused_and_not_silently_wrong(store):
+    model, ids = tiny(FULL), prompt_ids(0, 1, 8)
+    cache = kvjax.init_cache(model, caches.dense(store=store), capacity=16)
+    loss = lambda params: jnp.sum(kvjax.prefill(model.replace(params=params), cache, ids)[0])  # noqa: E731
+    with pytest.raises(InputError, match="no gradient goes through codes"):
+        jax.grad(loss)(model.params)
+    assert np.isfinite(loss(model.params))
+
+
 @pytest.mark.parametrize("plan", [caches.dense(store="float16"), caches.paged(4, pages=12, store="float16")])
 def test_what_float16_cannot_hold_shows_to_those_who_see_it_and_to_nobody_else(plan):
     model = tiny(FULL)

@@ -236,9 +236,20 @@ def test_what_cannot_be_resumed_is_a_clear_error():
         (lambda: kvjax.resume(model, cache, 0, 12, patch_of(2)), InputError, "patch has 2 positions, row 2 only 1"),
         (lambda: kvjax.resume(model, cache, 0, 0, good[:2]), InputError, r"patch has shape \[2, 1, 32\]"),
         (lambda: kvjax.resume(model, cache, 0, 0, good[:, 0, :8]), InputError, r"it must be \[3, 32\] or \[3, n, 32\]"),
+        (lambda: kvjax.resume(model, cache, 0, 0, [[1, 2], [3]]), InputError, "patch is no array of numbers"),
+        (lambda: kvjax.resume(model, cache, 0, 0, good * 1j), InputError, "patch has dtype complex"),
+        (lambda: kvjax.resume(model, 5, 0, 0), InputError, "cache is no cache but 5"),
+        (lambda: kvjax.resume(tiny(ONE_LAYER), cache, 0, 0), InputError, "cache has 2 layers, the model has 1"),
+        (
+            lambda: kvjax.step(tiny(ONE_LAYER), cache, np.zeros(3, int)),
+            InputError,
+            "cache has 2 layers, the model has 1",
+        ),
     ):
         with pytest.raises(error, match=message):
             call()
+    late = jax.jit(kvjax.resume)(model, cache, jnp.int32(1), jnp.int32(12), jnp.asarray(patch_of(2)))
+    np.testing.assert_array_equal(np.asarray(late[1].flags).astype(bool), np.asarray(cache.lengths) < 14)
     one = tiny(ONE_LAYER)
     _, below = filled(one, caches.traced(sites=("embedding",)))
     assert kvjax.resume(one, below, 0, 0)[0].shape == (3, 96)

@@ -100,8 +100,10 @@ def test_sharded_over_rows_and_heads_of_eight_devices_the_tokens_are_those_of_on
 MAY_REFUSE = {
     ("ring", "rewind"),
     ("int4_channels", "rewind"),
+    ("shared_prefix", "rewind"),
     ("layer_input", "absorb"),
     ("int8", "grad"),
+    ("fp8", "grad"),
     ("int4", "grad"),
     ("int4_channels", "grad"),
 }

@@ -54,8 +54,8 @@ class Fields:
             number = float(value) if type(value) in (int, float) else math.nan
         except OverflowError:
             number = math.inf
-        if not 0 < number < math.inf:
-            raise self._wrong(name, "a positive number", value)
+        if not 1e-30 < number < 1e30:  # far inside of float32, also squared roots and their inverses
+            raise self._wrong(name, "a positive number of sensible size", value)
         return number
 
     def flag(self, name: str, default: bool) -> bool:

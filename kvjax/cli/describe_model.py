@@ -79,7 +79,7 @@ def _shapes(config: Config) -> dict[str, Any]:
 
 
 def _costs(model: Model, config: Config, context: int) -> list[dict[str, Any]]:
-    window = min([w for w in config.windows if w is not None] or [RING, context // 2])
+    window = min([w for w in config.windows if w is not None] or [RING, max(context // 2, 1)])
     plans = {"default": caches.default(config)} if set(config.windows) != {None} else {}
     for kind in caches.KINDS:
         label, made = _example(kind, window)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from kvjax.caches.base import CAPACITY, COUNT, NAN, POSITIONS, TOKEN, Cache, OpenCache, Span, Tree
+from kvjax.config import Config
+from kvjax.errors import InputError
 from kvjax.model import Model
 from kvjax.types import Array
 
@@ -25,6 +27,9 @@ def feed(model: Model, cache: Cache, tokens: Array, valid: Array, tree: Tree | N
         Features `[B, S, ...]` of the new tokens for `model.head`, and the cache.
     """
     b, s = tokens.shape
+    layers = model.config.num_layers if isinstance(model.config, Config) else len(cache.layers)
+    if len(cache.layers) != layers:
+        raise InputError(f"the cache has {len(cache.layers)} layers, the model has {layers}: it was made for another")
     start = cache.lengths
     wrong = (valid < 0) | (valid > s)  # negative, it would be a rewind that nobody looks at
     valid = jnp.where(wrong, 0, valid)

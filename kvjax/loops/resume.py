@@ -33,6 +33,7 @@ def _resume(
     # A plan in which some layer keeps nothing needs the layer's whole input again.
     start = jnp.zeros_like(position) if cache.replays else position
     wrong = (position < 0) | (position >= cache.lengths) | (layer < 0) | (layer >= c.num_layers)
+    wrong |= (count > 0) & (position + count > cache.lengths)  # nothing of a patch is cut off
     for i, limit in _limits(cache):
         wrong |= (layer <= i) & (position < cache.written - limit)
     base, shared, flags = cache, cache.shared, cache.flags
@@ -103,7 +104,9 @@ def resume(
     The result is that of running the whole text with the input of `layer` replaced by `patch`. The stream there comes
     from the cache: from the trace of the layer below (`after_ffn`; `embedding` for layer 0), or from kept layer
     inputs. Lengths stay; keys, values and traces from `layer` on are those of the new run, everything below is as it
-    was, the trace of the layer below too. Kinds that keep nothing (`recompute`) forget the patch at the next call.
+    was, the trace of the layer below too. Where the input itself is kept (`output`, `layer_input`) the patch is what is
+    kept, and what `Cache.trace` shows of the layer below. Kinds that keep nothing (`recompute`) forget the patch at the
+    next call.
 
     Compiles once for each bucket (16, 32, 64, …) of the longest row's new positions, whatever layer and position;
     under `jit`, where these are not known, the bucket is the capacity. Kinds whose layers share something (pages)
@@ -123,10 +126,13 @@ def resume(
     Raises:
         InputError: a model with an `apply` of its own; `layer` or `patch` does not fit.
         CacheError: the stream was not recorded; a position outside the row, or further back than the layers from
-            `layer` on keep (under `jit` the row is flagged and its logits are NaN).
+            `layer` on keep (under `jit` the row is flagged and its logits are NaN, as for a patch past its end).
     """
     if model.apply is not apply_decoder or not isinstance(model.config, Config):
         raise InputError("resume: needs a model of kvjax's own layers (kvjax.decoder); an apply of one's own is opaque")
+    if not isinstance(cache, Cache) or len(cache.layers) != model.config.num_layers:
+        have = f"has {len(cache.layers)} layers" if isinstance(cache, Cache) else f"is no cache but {cache!r}"
+        raise InputError(f"resume: cache {have}, the model has {model.config.num_layers}")
     layer = whole("resume: layer", layer, ((),))
     position = whole("resume: position", position, ((), (cache.batch,)))
     # On the host where it can be looked at: nothing but the program itself is compiled.
@@ -177,7 +183,12 @@ def _padded(model: Model, cache: Cache, position: Array, patch: Any, size: int) 
     if patch is None:
         return np.zeros((b, size, m), dtype), np.int32(0)
     numeric: Any = np if is_concrete(patch) else jnp
-    x = numeric.asarray(patch)
+    try:
+        x = numeric.asarray(patch)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"resume: patch is no array of numbers ({error})") from error
+    if not jnp.issubdtype(x.dtype, jnp.number) or jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise InputError(f"resume: patch has dtype {x.dtype}, it must be real numbers")
     x = x[:, None] if x.ndim == 2 else x
     if x.ndim != 3 or x.shape[0] != b or x.shape[2] != m or not x.shape[1]:
         raise InputError(f"resume: patch has shape {list(np.shape(patch))}, it must be [{b}, {m}] or [{b}, n, {m}]")

@@ -58,9 +58,11 @@ class Refusal(NamedTuple):
 
 REFUSED = (
     Refusal("ring", "rewind", "beyond the stated slack: what was there has been overwritten"),
+    Refusal("shared_prefix", "rewind", "into the prefix that other rows share"),
     Refusal("layer_input", "absorb", "across a rotation, or a norm of each key: it is not linear in what is kept"),
     Refusal("int4_channels", "rewind", "beyond the stated slack: what was read exactly is codes by then"),
     Refusal("int8", "grad", "codes are integers"),
+    Refusal("fp8", "grad", "codes are bits in integers"),
     Refusal("int4", "grad", "codes are integers"),
     Refusal("int4_channels", "grad", "codes are integers"),
 )

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 
 from kvjax import struct
 from kvjax.caches import storage
-from kvjax.caches.codecs.scaled import INT4, encode, from_nibbles, numbers, pack_nibbles, scale_of, whole_codes
+from kvjax.caches.codecs.scaled import (
+    INT4,
+    encode,
+    from_nibbles,
+    numbers,
+    pack_nibbles,
+    scale_of,
+    whole_codes,
+    without_gradient,
+)
 from kvjax.caches.codecs.store import Codec, Segment, Store
 from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY
@@ -205,7 +214,7 @@ class ChannelStore(Grouped):
 
     def encoded(self, x: Array) -> dict[str, Array]:
         """See `Grouped`. Codes from -8 to 7, made with the scale and the zero point as stored."""
-        x = x.astype(jnp.float32)
+        x = without_gradient(x.astype(jnp.float32), "int4_channels")
         low, high = (f(x, axis=2, keepdims=True) for f in (jnp.min, jnp.max))
         # Powers of two are exact, so that no fused operation rounds otherwise; high - low might be infinite.
         scale = scale_of(high * 0.5 - low * 0.5, 7.5, jnp.float32)

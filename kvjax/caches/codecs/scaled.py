@@ -6,7 +6,9 @@ A scale of that shape goes into scores and probabilities, so that attention read
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,21 @@ from kvjax.types import Array, DType
 
 SCALES = ("float32", "bfloat16")
 """Dtypes of a scale. Both reach as far as float32: a float16 scale would be 0 for keys and values below 4e-6."""
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def without_gradient(x: Array, codec: str) -> Array:
+    """`x`, on its way to becoming codes: JAX would give rounding no gradient and the scale one, a silent wrong value.
+
+    Raises:
+        InputError: it is differentiated.
+    """
+    return x
+
+
+@without_gradient.defjvp
+def _refuse(codec: str, primals: Any, tangents: Any) -> Any:
+    raise InputError(f"codecs.{codec}: no gradient goes through codes; differentiate with a floating store")
 
 
 def scale_of(largest: Array, limit: float, dtype: DType) -> Array:
@@ -109,7 +126,7 @@ def encode(x: Array, code: Code, scale: DType) -> tuple[Array, Array]:
     with it is NaN.
     """
     precise = jnp.promote_types(jnp.float32, x.dtype)
-    x = x.astype(precise)
+    x = without_gradient(x.astype(precise), code.name)
     made = scale_of(jnp.max(jnp.abs(x), axis=-1), code.limit, scale)
     return code.encode(x / made[..., None].astype(precise)), made
 
