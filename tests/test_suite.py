@@ -40,7 +40,7 @@ def test_a_kind_of_cache_keeps_the_promise(check, case):
 @kinds.each(lambda case: case.exact)
 def test_tokens_and_programs_are_equal_at_the_other_seeds(case, seed):
     promises.same_tokens(case, (seed,))
-    programs.any_program(case, (seed, seed + 2, seed + 4), count=24)
+    programs.any_program(case, (seed,), count=24)
 
 
 PLAIN = [case for case in kinds.cases() if case.name in ("dense", "ring", "paged and shared")]
@@ -55,7 +55,7 @@ def test_any_sequence_of_operations_leaves_what_a_numpy_model_says(data, case):
 @pytest.mark.full
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name.replace(" ", "-")) for c in kinds.cases() if c.keeps])
 def test_any_long_sequence_of_operations_does_too(case):
-    @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def run(data):
         programs.bookkeeping(case, lambda low, high: data.draw(st.integers(low, high)), count=12)
