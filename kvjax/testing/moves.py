@@ -181,17 +181,17 @@ def vmap(case: Case) -> None:
     order, tokens = jnp.array([2, 0, 1]), jnp.asarray(FEED[:2])
     back = 0 if case.slack == 0 else 1
 
-    def play(model: Any, cache: Cache, tokens: Any) -> tuple[Any, Cache]:
+    def play(model: Any, cache: Cache, tokens: Any, order: Any) -> tuple[Any, Cache]:
         _, cache = step(model, cache, tokens)
         moved = cache.take(order)
         return step(model, moved.rewind(moved.lengths - back), tokens)
 
-    logits, after = jax.jit(jax.vmap(play, in_axes=(None, 0, 0)))(
-        case.model, jax.tree.map(lambda *x: jnp.stack(x), *made), tokens
+    logits, after = jax.jit(jax.vmap(play, in_axes=(None, 0, 0, None)))(
+        case.model, jax.tree.map(lambda *x: jnp.stack(x), *made), tokens, order
     )
     logits = np.asarray(logits)
     for i, cache in enumerate(made):
-        want, one = play(case.model, cache, jnp.asarray(FEED[i]))
+        want, one = play(case.model, cache, jnp.asarray(FEED[i]), order)
         # Batched contractions sum in another order; three digits tell a wrong row or slot from that.
         close = np.allclose(logits[i], want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
         expect(close, f"cache {i}: logits under vmap differ by {np.abs(logits[i] - want).max()}")

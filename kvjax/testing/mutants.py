@@ -15,6 +15,7 @@ where it changes anything at all:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +80,18 @@ def _unused_seen(view: View, span: Span, window: int | None) -> View:
     return view.replace(positions=jnp.where(view.positions == EMPTY, 0, view.positions))
 
 
+def _neighbours_keys(view: View, span: Span, window: int | None) -> View:
+    return view.replace(k=jnp.roll(view.k, 1, axis=0))
+
+
+_TRACES = itertools.count()
+
+
+def _python_state(view: View, span: Span, window: int | None) -> View:
+    # Read while tracing: every compiled program sees another mask.
+    return _where_held(view, view.positions + next(_TRACES) % 5)
+
+
 def _without_gradient(view: View, span: Span, window: int | None) -> View:
     return view.replace(k=lax.stop_gradient(view.k), v=lax.stop_gradient(view.v))
 
@@ -107,11 +120,13 @@ MUTANTS = (
     Mutant("write clamped", lambda facts: facts.keeps, span=_clamped, seen_by="idle_rows"),
     Mutant("stale positions", views=_each_view(_stale)),
     Mutant("mask < for <=", views=_each_view(lambda view, span, _: _where_held(view, view.positions + 1))),
+    Mutant("a state that Python keeps", views=_each_view(_python_state)),
     Mutant("unused slots seen", views=_each_view(_unused_seen)),
     Mutant("window + 1", lambda facts: facts.narrows, views=_each_view(_window(1))),
     Mutant("window - 1", lambda facts: facts.window, views=_each_view(_window(-1))),
     Mutant("key position + 1", lambda facts: facts.turned, project=_turned(1)),
     Mutant("key position - 1", lambda facts: facts.turned, project=_turned(-1)),
+    Mutant("a neighbour's keys", views=_each_view(_neighbours_keys)),
     Mutant("a neighbour's scale", lambda facts: facts.scales, views=_each_view(_neighbours_scale)),
     Mutant(
         "gradient stopped",
@@ -123,6 +138,12 @@ MUTANTS = (
     Mutant("rewind off by one", drift=lambda end, lengths: (end > lengths).astype(jnp.int32), seen_by="rewind"),
     Mutant("another dtype after a call", extended=lambda end: end.astype(jnp.float32), seen_by="types"),
     Mutant("another dtype after a rewind", after=lambda end: end.astype(jnp.float32), seen_by="types"),
+    Mutant(
+        "empty once it grew",
+        lambda facts: facts.moves,
+        grown=lambda node: jax.tree.map(jnp.zeros_like, node),
+        seen_by="resize",
+    ),
     Mutant("take = identity", lambda facts: facts.moves, rows=_left_where_they_are, seen_by="rows"),
     Mutant("rows swapped", lambda facts: facts.moves, rows=lambda end, rows: jnp.roll(rows, 1), seen_by="rows"),
     Mutant("rows swapped under jit", lambda facts: facts.moves, rows=_under_jit, seen_by="jit_is_eager"),

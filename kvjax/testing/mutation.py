@@ -64,6 +64,7 @@ class Mutant:
         unlimited: whether the node claims that it can be rewound any number of tokens, and flags of what is shared are
             lost.
         lengths: what the entries that layers share are told to rewind to.
+        grown: what becomes of a node that was resized.
         seen_by: the check that most likely sees it, by name; tried first.
     """
 
@@ -79,6 +80,7 @@ class Mutant:
     uses_up: bool = False
     unlimited: bool = False
     lengths: Callable[[Array], Array] | None = None
+    grown: Callable[[Any], Any] | None = None
     seen_by: str = "same_logits"
 
     def __call__(self, plan: Any) -> Any:
@@ -176,7 +178,8 @@ class Mutated(Node):
 
     def resize(self, capacity: int, shared: Any) -> Any:
         """See `Node`."""
-        return self.replace(inner=self.inner.resize(capacity, shared), capacity=capacity)
+        inner = self.inner.resize(capacity, shared)
+        return self.replace(inner=inner if self.mutant.grown is None else self.mutant.grown(inner), capacity=capacity)
 
     def rewind(self, lengths: Array, before: Any, shared: Any) -> Any:
         """See `Node`."""
@@ -243,9 +246,9 @@ class MutatedShared(Shared):
         """See `Shared`."""
         return self._ask(self.inner.reserve(span))
 
-    def own(self, places: Array) -> tuple[Any, Array]:
+    def claim(self, places: Array) -> tuple[Any, Array]:
         """See `Shared`."""
-        return self._ask(self.inner.own(places))
+        return self._ask(self.inner.claim(places))
 
     def resize(self, capacity: int) -> Any:
         """See `Shared`."""
