@@ -78,7 +78,7 @@ TABLE = {
     ),
     caches.layer_input: (
         Case("layer input", caches.layer_input()),
-        Case("layer input absorbed", caches.layer_input(absorb=True), LEARNED, full=True),
+        Case("layer input absorbed", caches.layer_input(absorb=True), LEARNED, refuses=("absorb",), full=True),
     ),
     caches.traced: (
         Case("traced", (caches.traced(caches.ring(W, slack=4)), caches.traced(caches.dense())), slack=4, full=True),
@@ -92,7 +92,7 @@ TABLE = {
         ),
         Case("pages of int8", caches.paged(8, share=2, store=codecs.int8()), full=True, **CODES),
     ),
-    codecs.fp8: (Case("fp8", caches.dense(store=codecs.fp8()), full=True, exact=False, error=0.25),),
+    codecs.fp8: (Case("fp8", caches.dense(store=codecs.fp8()), full=True, **CODES | {"error": 0.25}),),
     codecs.int4: (Case("int4", caches.dense(store=codecs.int4()), full=True, **CODES | {"error": 0.7}),),
     codecs.int4_channels: (
         Case(

@@ -169,7 +169,7 @@ class Books:
 
     def __init__(self, layers: int, error: float) -> None:
         self.error = error
-        self.rows: list[list[list[tuple[np.ndarray, np.ndarray]]]] = [[[] for _ in range(BATCH)] for _ in range(layers)]
+        self.rows: list[list[list[tuple[Any, Any, bool]]]] = [[[] for _ in range(BATCH)] for _ in range(layers)]
         self.tokens: list[list[int]] = [[] for _ in range(BATCH)]
 
     def extend(self, cache: Cache, tokens: np.ndarray, valid: np.ndarray) -> None:
@@ -184,15 +184,15 @@ class Books:
                 (keys, values), (h,) = (x[0] for x in _spell(h)), h
                 held = _held(cache, layer, row)
                 for i in range(n):
-                    made = keys[i], values[i]
+                    made, sure = (keys[i], values[i]), start + i in held
                     found = held.get(start + i, made)
                     # Some keep what keys and values are made from instead, one head of it.
                     made = made if found[0].shape == made[0].shape else (h[i][None], h[i][None])
                     for mine, theirs in zip(made, found, strict=True):
-                        size = np.abs(mine).max() * self.error
+                        size = _size(cache.layers[layer], mine) * self.error
                         what = f"layer {layer}, row {row}, position {start + i}: {theirs.tolist()}, not {mine.tolist()}"
                         expect((np.abs(mine - theirs) <= size).all(), what)
-                    rows[row].append(found)
+                    rows[row].append((*found, sure))  # unsure: never seen as stored, a chunk was longer than a window
 
     def perform(self, name: str, argument: Any, other: Books) -> None:
         """The same operation on lists."""
@@ -221,17 +221,28 @@ class Books:
                 if cache.layers[layer].replays:
                     continue
                 held = _held(cache, layer, row)
-                window, sinks = (getattr(cache.layers[layer], name, None) for name in ("window", "sinks"))
-                want = [p for p in range(size) if window is None or p >= size - window or p < (sinks or 0)]
+                window, sinks = _seen(cache.layers[layer])
+                want = [p for p in range(size) if window is None or p >= size - window or p < sinks]
                 expect(sorted(held) == want, f"{what}: layer {layer}, row {row} holds {sorted(held)}, not {want}")
                 # Where a group of tokens is coded once it is old, what is stored of a token depends on the length.
-                error = self.error if _coded_late(cache.layers[layer]) else 0.0
+                node = cache.layers[layer]
                 for at, found in held.items():
-                    good = [
-                        np.abs(a - b).max() <= error * np.abs(b).max()
-                        for a, b in zip(found, rows[row][at], strict=True)
-                    ]
+                    *noted, sure = rows[row][at]
+                    error = 0.0 if sure and not _coded_late(node) else self.error
+                    good = [np.abs(a - b).max() <= error * _size(node, b) for a, b in zip(found, noted, strict=True)]
                     expect(all(good), f"{what}: layer {layer}, row {row}, position {at} changed")
+
+
+def _seen(node: Any) -> tuple[int | None, int]:
+    """The window of a node, or of one inside it, and how many sinks are seen."""
+    inside = [getattr(node, name) for name in ("recent", "inner", "suffix") if hasattr(node, name)]
+    window, sinks = _seen(inside[0]) if inside else (None, 0)
+    return getattr(node, "window", None) or window, max(getattr(node, "sinks", 0) or 0, sinks)
+
+
+def _size(node: Any, x: np.ndarray) -> float:
+    """What an error is measured against: the largest number of a token, or that of a group of any tokens."""
+    return max(float(np.abs(x).max()), float(VOCAB) if _coded_late(node) else 0.0)
 
 
 def _coded_late(node: Any) -> bool:
