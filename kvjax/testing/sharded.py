@@ -99,7 +99,7 @@ def sharded(case: Case) -> None:
     alone = case.of_reference() if case.exact else case
     want = _alone(alone, case.config.windows)(*_arguments(case))
     got = _split(case)(*_arguments(case))
-    expect(min(len(set(row)) for row in np.asarray(want).tolist()) >= 8, "the model repeats itself")
+    expect(min(len(set(row)) for row in np.asarray(want).tolist()) >= 6, "the model repeats itself")
     expect((np.asarray(got) == np.asarray(want)).all(), f"{len(jax.devices())} devices give {got}, one gives {want}")
 
 
