@@ -22,12 +22,17 @@ COSTLY = {moves.vmap: ("ring",), moves.gradients: ("ring",), contract.sharded: (
 """Checks that compile much run by default on these cases, and on the others in the full suite."""
 
 
+ELSEWHERE = (promises.same_logits, promises.rewind, promises.unused_slots, moves.rows, moves.jit_is_eager, moves.vmap)
+"""Checks that run on other versions of jax as well."""
+
+
 def each_check():
     for check in testing.suite:
         for case in kinds.cases():
             left_out = case.full or case.name not in COSTLY.get(check, (case.name,))
             name = f"{check.__name__}-{case.name.replace(' ', '-')}"
-            yield pytest.param(check, case, id=name, marks=pytest.mark.full if left_out else pytest.mark.corner)
+            marks = pytest.mark.full if left_out else pytest.mark.corner if check in ELSEWHERE else ()
+            yield pytest.param(check, case, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(("check", "case"), list(each_check()))
