@@ -64,6 +64,8 @@ class Seen(Exception):
 class Watch:
     """Stands in for a node; what it is given comes back in an exception."""
 
+    reach = None
+
     def extend(self, h, project, span, shared):
         raise Seen(h, project)
 
