@@ -82,8 +82,10 @@ def test_codecs_differ_from_what_they_encode_and_from_each_other(codec):
 @pytest.mark.parametrize("absorb", [False, True])
 def test_layer_inputs_take_every_codec_too(codec, absorb):
     plan = caches.layer_input(absorb=absorb, store=CODECS[codec])
-    limit = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 0.1, "int4": 1.5}.get(codec, 0.5)
-    assert off(logits(plan, LEARNED), logits(caches.recompute(), LEARNED)) < limit
+    # About twice what is measured on this model, whose logits are wild; another row's logits are further off than any.
+    limits = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2, "fp8": 0.3, "int4": 1.2}
+    limit, want = limits.get(codec, 0.06), logits(caches.recompute(), LEARNED)
+    assert off(logits(plan, LEARNED), want) < limit < off(np.roll(want, 1, axis=1), want)
 
 
 @pytest.mark.parametrize("name", ["ring", "pages", "shared pages", "traced"])
