@@ -77,7 +77,7 @@ def generated(params: Any, ids: Array, lengths: Array, seeds: Array, *, case: Ca
     """Makes a cache, prefills and scans: tokens `[B, STEPS]`. B and the heads are those of one device."""
     model = Model(params, config, apply)
     logits, cache = prefill(model, case.empty_for(model, ids.shape[0], 48), ids, lengths)
-    sampler = sampling.chain(sampling.temperature(1.5))
+    sampler = sampling.chain(sampling.temperature(3.0))
     return decode(model, cache, logits, steps=STEPS, sampler=sampler, seed=seeds)[0]
 
 
@@ -99,7 +99,7 @@ def sharded(case: Case) -> None:
     alone = case.of_reference() if case.exact else case
     want = _alone(alone, case.config.windows)(*_arguments(case))
     got = _split(case)(*_arguments(case))
-    expect(min(len(set(row)) for row in np.asarray(want).tolist()) >= 6, "the model repeats itself")
+    expect(min(len(set(row)) for row in np.asarray(want).tolist()) >= 8, "the model repeats itself")
     expect((np.asarray(got) == np.asarray(want)).all(), f"{len(jax.devices())} devices give {got}, one gives {want}")
 
 
