@@ -11,8 +11,8 @@ import pytest
 
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 35_000
-"""XLA keeps compiled programs in memory maps, of which Linux allows a process 65,530; past them it aborts. The full suite
-makes more: from time to time it lets go of what it compiled."""
+"""XLA keeps compiled programs in memory maps, of which Linux allows a process 65,530; past them it aborts. The full
+suite makes more: from time to time it lets go of what it compiled."""
 
 ran = itertools.count(1)
 
