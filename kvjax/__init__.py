@@ -9,6 +9,7 @@ from kvjax.caches.base import Cache
 from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
+from kvjax.loops.beam import Beams, beam, beam_search
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.host import Generated, generate
 from kvjax.loops.resume import resume
@@ -27,6 +28,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Beams",
     "Cache",
     "CacheError",
     "CheckpointError",
@@ -37,6 +39,8 @@ __all__ = [
     "LM",
     "Model",
     "attend",
+    "beam",
+    "beam_search",
     "cache_nbytes",
     "caches",
     "codecs",
