@@ -43,9 +43,8 @@ class UnderWay(Protocol):
     def advance(self, model: Model, stops: np.ndarray, chunks: int) -> Any:
         """At most `chunks` chunks further, or until all rows are done or one has no room. Uses itself up."""
 
-    @property
-    def wasted(self) -> int:
-        """Steps so far that no row needed."""
+    def count(self) -> tuple[int, int]:
+        """Steps so far, and of these the ones that no row needed."""
 
     def texts(self) -> list[list[int]]:
         """Ids of each row so far, prompts included."""
@@ -75,7 +74,7 @@ class Draw:
 
     def begin(self, progress: loop.Progress, limits: np.ndarray) -> Drawing:
         """See `Algorithm`."""
-        return Drawing(progress, limits, self)
+        return Drawing(progress, np.asarray(progress.cache.lengths), limits, self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +82,7 @@ class Drawing:
     """See `UnderWay`."""
 
     progress: loop.Progress
+    starts: np.ndarray
     limits: np.ndarray
     draw: Draw
 
@@ -105,10 +105,10 @@ class Drawing:
         )
         return dataclasses.replace(self, progress=progress)
 
-    @property
-    def wasted(self) -> int:
+    def count(self) -> tuple[int, int]:
         """See `UnderWay`."""
-        return int(self.progress.wasted)
+        wasted = int(self.progress.wasted)  # a row goes on at every step until it is done
+        return int((np.asarray(self.progress.cache.lengths) - self.starts).max()) + wasted, wasted
 
     def texts(self) -> list[list[int]]:
         """See `UnderWay`."""

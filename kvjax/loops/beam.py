@@ -19,7 +19,7 @@ from jax import lax
 
 from kvjax import struct
 from kvjax.caches.base import Cache
-from kvjax.checks import either, whole
+from kvjax.checks import either, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops import decode as loop
 from kvjax.loops.algorithms import resized
@@ -44,7 +44,8 @@ class Beams(struct.Value):
         starts: `[B]` int32, tokens of the prompts.
         limits: `[B]` int32, tokens that a text may have, prompt included.
         done: `[B]` bool, prompts that want no more.
-        wasted: int32, steps that no prompt needed: a chunk runs to its end.
+        steps: int32, taken so far.
+        wasted: int32, of these the ones that no prompt needed: a chunk runs to its end.
     """
 
     cache: Cache
@@ -56,6 +57,7 @@ class Beams(struct.Value):
     starts: Array
     limits: Array
     done: Array
+    steps: Array
     wasted: Array
 
     @classmethod
@@ -71,30 +73,11 @@ class Beams(struct.Value):
         Raises:
             InputError: shapes, dtypes or `width` are wrong.
         """
-        loop._check_logits("Beams.begin", cache, logits)
+        loop.check_logits("Beams.begin", cache, logits)
         budget = jnp.asarray(whole("Beams.begin: max_new_tokens", max_new_tokens, ((), (cache.batch,))))
         most = jnp.iinfo(jnp.int32).max - cache.lengths  # "no limit" must not wrap around
         limits = cache.lengths + jnp.minimum(budget.astype(jnp.int32), most)
-        return cls._until(cache, logits, limits, cache.lengths >= limits, whole_width(width))
-
-    @classmethod
-    def _until(cls, cache: Cache, logits: Array, limits: Array, done: Array, width: int) -> Beams:
-        dtype = jnp.promote_types(jnp.float32, logits.dtype)
-        broken = (cache.flags != 0) | jnp.any(jnp.isnan(logits), axis=1)
-        rows = cache.batch, width
-        first = jnp.arange(width)[None, :] == 0
-        return cls(
-            loop._flag_nan(cache, logits).fork(width),
-            jnp.repeat(logits, width, axis=0),
-            jnp.broadcast_to(jnp.where(first, 0, -jnp.inf), rows).astype(dtype),
-            jnp.broadcast_to(cache.tokens[:, None], (*rows, cache.capacity)),
-            jnp.broadcast_to(cache.lengths[:, None], rows),
-            jnp.where(first & done[:, None], 0, -jnp.inf).astype(dtype),
-            cache.lengths,
-            limits,
-            done | broken,
-            jnp.zeros((), jnp.int32),
-        )
+        return _begun(cache, logits, limits, cache.lengths >= limits, width=whole_width(width))
 
     @property
     def reached(self) -> Array:
@@ -110,6 +93,29 @@ class Beams(struct.Value):
         grown = self.cache.resize(capacity)
         rest = ((0, 0), (0, 0), (0, max(capacity - self.cache.capacity, 0)))
         return self.replace(cache=grown, texts=jnp.pad(self.texts[..., :capacity], rest, constant_values=-1))
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _begun(cache: Cache, logits: Array, limits: Array, done: Array, *, width: int) -> Beams:
+    dtype = jnp.promote_types(jnp.float32, logits.dtype)
+    cache, rows = loop.flag_nan(cache, logits), (cache.batch, width)
+    first = jnp.arange(width)[None, :] == 0
+    none, some = jnp.zeros((), jnp.int32), jnp.where(first, 0, -jnp.inf)
+    beams = Beams(
+        cache.fork(width),
+        jnp.repeat(logits, width, axis=0),
+        jnp.broadcast_to(some, rows).astype(dtype),
+        jnp.broadcast_to(cache.tokens[:, None], (*rows, cache.capacity)),
+        jnp.broadcast_to(cache.lengths[:, None], rows),
+        jnp.where(done[:, None], some, -jnp.inf).astype(dtype),
+        cache.lengths,
+        limits,
+        done | (cache.flags != 0),
+        none,
+        none,
+    )
+    # Nothing in common with the prompts' cache: a loop donates what it is given.
+    return jax.tree.map(jnp.copy, beams)
 
 
 def beam_search(
@@ -217,6 +223,7 @@ def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Array
         lengths=lengths,
         scores=scores,
         done=done | broken,
+        steps=beams.steps + 1,
         wasted=beams.wasted + jnp.all(rests).astype(jnp.int32),
     )
 
@@ -239,7 +246,8 @@ def whole_width(width: Any) -> int:
 
 def _numbers(penalty: Any, early: Any) -> tuple[Any, Any]:
     # Of one dtype whatever is given, so that another number compiles nothing.
-    return jnp.asarray(penalty, jnp.result_type(float)), jnp.asarray(early, bool)
+    pairs = (penalty, jnp.result_type(float)), (early, bool)
+    return tuple((np if is_concrete(x) else jnp).asarray(x, dtype) for x, dtype in pairs)  # type: ignore[return-value]
 
 
 def _stops(ids: Sequence[int]) -> np.ndarray:
@@ -260,7 +268,8 @@ class Beam:
 
     def begin(self, progress: loop.Progress, limits: np.ndarray) -> Searching:
         """See `Algorithm`."""
-        return Searching(progress, _begun(progress, limits, width=self.width), self)
+        done = progress.stopped | (np.asarray(progress.cache.lengths) >= limits)
+        return Searching(progress, _begun(progress.cache, progress.logits, limits, done, width=self.width), self)
 
 
 def beam(width: int, *, length_penalty: float = 1.0, early_stopping: bool = False, returned: int = 1) -> Beam:
@@ -319,10 +328,9 @@ class Searching:
         beams = DONATING(model, self.beams, *numbers, stops, np.int32(chunks), chunk=loop.CHUNK)
         return dataclasses.replace(self, beams=beams)
 
-    @property
-    def wasted(self) -> int:
+    def count(self) -> tuple[int, int]:
         """See `UnderWay`."""
-        return int(self.beams.wasted)
+        return int(self.beams.steps), int(self.beams.wasted)
 
     def texts(self) -> list[list[int]]:
         """See `UnderWay`. The best finished one, or where there is none the best that runs."""
@@ -347,12 +355,6 @@ class Searching:
         texts, lengths, scores = (np.asarray(x) for x in (self.beams.texts, self.beams.lengths, self.beams.scores))
         each = (zip(*row, strict=True) for row in zip(texts, lengths, scores, strict=True))
         return [[(ids[:n].tolist(), float(score)) for ids, n, score in row if np.isfinite(score)] for row in each]
-
-
-@functools.partial(jax.jit, static_argnames="width")
-def _begun(progress: loop.Progress, limits: Array, *, width: int) -> Beams:
-    beams = Beams._until(progress.cache, progress.logits, limits, progress.done(limits), width)
-    return jax.tree.map(jnp.copy, beams)  # of what it shares with the prompts' cache: the loop donates what it is given
 
 
 @jax.jit

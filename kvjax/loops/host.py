@@ -224,7 +224,7 @@ class Run:
         stops = loop.padded_stops(self.stop_ids)
         lengths, wants, capacity = run.state.look()
         while wants.any():
-            began, before = time.perf_counter(), lengths
+            began = time.perf_counter()
             with Compilations() as made:
                 state = run.state
                 if (wants & (lengths >= capacity)).any():
@@ -232,7 +232,7 @@ class Run:
                 state = state.advance(model, stops, chunks)
                 lengths, wants, capacity = state.look()
             old = run.timings
-            longest, wasted = int((lengths - before).max()), state.wasted
+            steps, wasted = state.count()
             run = dataclasses.replace(
                 run,
                 state=state,
@@ -241,7 +241,7 @@ class Run:
                     prefill=old.prefill,
                     decode=old.decode + max(time.perf_counter() - began - made.seconds, 0.0),
                     programs=old.programs + made.count,
-                    steps=old.steps + longest + wasted - old.wasted,
+                    steps=steps,
                     wasted=wasted,
                 ),
             )
