@@ -55,6 +55,10 @@ class LM:
         """Ids of a text; see `Tokenizer.encode`."""
         return self._text().encode(text)
 
+    def encode_target(self, text: str) -> list[int]:
+        """Ids of how a target begins; see `Tokenizer.encode_target`."""
+        return self._text().encode_target(text)
+
     def decode(self, ids: Any) -> str:
         """Text of ids; see `Tokenizer.decode`."""
         return self._text().decode(ids)
@@ -68,7 +72,7 @@ class LM:
 def load(
     source: str | os.PathLike[str], *, dtype: DType | None = None, strict: bool = False, revision: str | None = None
 ) -> LM:
-    """Loads a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json.
+    """Loads a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json or SentencePiece models.
 
     Args:
         source: a bundled name; a path, if it has a separator or begins with "."; else a hub id.
