@@ -27,11 +27,12 @@ from kvjax.caches.pages import Pages
 from kvjax.caches.shared_prefix import SharedPrefix
 from kvjax.config import Config
 from kvjax.loops.feed import feed, finish
-from kvjax.model import Model, decoder_head
+from kvjax.model import Model
 from kvjax.ops.attention import EMPTY
 from kvjax.ops.norms import LayerNorm
 from kvjax.ops.positions import Learned
 from kvjax.params import init_params
+from kvjax.transformer import decoder_head
 from kvjax.types import Array
 
 EXACT = 1e-5

@@ -12,8 +12,9 @@ from kvjax.caches import storage
 from kvjax.caches.base import OpenCache, Project
 from kvjax.config import Config
 from kvjax.layers import Rotation, feed_forward, linear, self_attention
-from kvjax.model import Model, decoder_head
+from kvjax.model import Model
 from kvjax.ops.attention import Absorb
+from kvjax.transformer import decoder_head
 from kvjax.types import Array, Params
 
 
@@ -23,7 +24,7 @@ def apply_translator(
     """A decoder with cross-attention: layer i attends to the text at node i and to the source at node L + i."""
     x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")
     rotations, (h, k, d) = (
-        Rotation.of_layers(config, cache.positions, x.dtype),
+        Rotation.of_layers(params, config, cache.positions, x.dtype),
         (config.query_heads, 2, config.head_dim),
     )
     for i in range(config.num_layers):

@@ -6,6 +6,8 @@ from typing import Any
 from kvjax import caches, donating, sampling
 from kvjax.caches import codecs
 from kvjax.caches.base import Cache
+from kvjax.caches.cross import Source
+from kvjax.caching import cache_nbytes, encode, init_cache
 from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
@@ -13,7 +15,7 @@ from kvjax.loops.beam import Beams, beam, beam_search
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.host import Generated, generate
 from kvjax.loops.resume import resume
-from kvjax.model import Model, attend, cache_nbytes, decoder, forward, init_cache
+from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
 from kvjax.persist import load_cache, save_cache
 
@@ -41,6 +43,9 @@ __all__ = [
     "attend",
     "beam",
     "beam_search",
+    "cross_attend",
+    "encode",
+    "Source",
     "cache_nbytes",
     "caches",
     "codecs",

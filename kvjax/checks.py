@@ -64,4 +64,16 @@ def either(name: str, x: Any) -> bool:
     return bool(x)
 
 
-__all__ = ["whole", "either", "is_concrete", "MOST"]
+BUCKET = 16
+"""The smallest bucket of prompts and sources, in tokens; each next one is twice as long."""
+
+
+def bucket(length: int, least: int = BUCKET) -> int:
+    """The smallest of least, 2 least, 4 least, … that holds `length` tokens."""
+    size = least
+    while size < length:
+        size *= 2
+    return size
+
+
+__all__ = ["whole", "either", "is_concrete", "bucket", "BUCKET", "MOST"]

@@ -1,4 +1,4 @@
-"""Frozen, hashable configuration of a decoder: everything about a model that is not an array."""
+"""Frozen, hashable configuration of a decoder or encoder: everything about a model that is not an array."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class NormOrder(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A decoder: embedding, layers of self-attention and feed-forward, final norm, head.
+    """A decoder: embedding, layers of self-attention and feed-forward, final norm, head. With an `encoder`, every layer
+    attends to the encoder's output between the two. An encoder has no head, and its tokens see each other both ways.
 
     Args:
         vocab_size: V, rows of the embedding.
@@ -40,16 +41,21 @@ class Config:
         norm_order: where it stands.
         activation: a module-level function.
         gated: feed-forward as down(activation(gate) · up) (Shazeer 2002.05202) instead of down(activation(up)).
-        positions: `Rope` or `Learned`.
+        positions: `Rope`, `Learned`, `Sinusoidal` or `Relative`.
         layer_positions: per layer, its own rotation in place of `positions` (Gemma 3). Empty: all layers `positions`.
         qkv_bias, out_bias, ffn_bias: which linear maps carry a bias.
         qk_norm: a norm over each query and key head before rotation (Qwen3), or None.
         windows: per layer, how many positions a query sees including its own; None is all. Empty: all layers None.
-        tied: the head reads the embedding table.
+        tied: the head reads the embedding table; an encoder reads the decoder's.
         scale: factor on the scores; None is D ** -0.5.
         embed_scale: factor on the token embedding, rounded to the parameters' dtype.
         attention_softcap, logit_softcap: bounds c on scaled scores and on logits, as tanh(s / c) · c (Gemma 2,
             2408.00118); None is none.
+        embed_norm: a norm after the embedding (BART).
+        head_bias: a number per vocabulary entry is added to the logits (Marian).
+        logit_scale: factor on what the head reads (T5 with tied tables: M ** -0.5).
+        encoder: of the source, or None. Cross-attention has the decoder's heads, biases, scale and norms; nothing
+            rotates in it.
     """
 
     vocab_size: int
@@ -76,6 +82,10 @@ class Config:
     embed_scale: float = 1.0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    embed_norm: bool = False
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    encoder: Config | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "width", "query_heads", "kv_heads", "head_dim", "ffn_width"):
@@ -86,7 +96,8 @@ class Config:
         if isinstance(self.positions, Rope) and self.head_dim % 2:
             raise InputError(f"Config: rotary positions need an even head_dim, not {self.head_dim}")
         if self.layer_positions and not isinstance(self.positions, Rope):
-            raise InputError("Config: layer_positions are rotations, but positions is a learned table")
+            name = type(self.positions).__name__
+            raise InputError(f"Config: layer_positions are rotations, but positions is {name}")
         if len(self.layer_positions) not in (0, self.num_layers):
             raise InputError(
                 f"Config: layer_positions has {len(self.layer_positions)} entries for {self.num_layers} layers"
@@ -102,6 +113,20 @@ class Config:
         for window in self.windows:
             if window is not None and window < 1:
                 raise InputError(f"Config: a window must be at least 1, not {window}")
+        if self.encoder is not None:
+            self._check_encoder(self.encoder)
+
+    def _check_encoder(self, encoder: Config) -> None:
+        if encoder.encoder is not None:
+            raise InputError("Config: the encoder has an encoder of its own; only a decoder can have one")
+        if encoder.logit_softcap is not None or encoder.head_bias or encoder.logit_scale != 1.0:
+            raise InputError("Config: the encoder has logit_softcap, head_bias or logit_scale, but no head")
+        mine, its = (self.vocab_size, self.width), (encoder.vocab_size, encoder.width)
+        if encoder.tied and mine != its:
+            raise InputError(
+                f"Config: the encoder reads the decoder's table [V, M] = {list(mine)}, but is made for {list(its)}; "
+                "give it tied=False and a table of its own"
+            )
 
     @property
     def turns(self) -> tuple[Positions, ...]:

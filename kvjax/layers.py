@@ -12,7 +12,7 @@ from jax import lax
 from kvjax.caches.base import OpenCache, Project
 from kvjax.config import Config, NormOrder
 from kvjax.ops.attention import Absorb
-from kvjax.ops.positions import Positions
+from kvjax.ops.positions import Bias, Positions
 from kvjax.types import Array, Params
 
 
@@ -43,6 +43,7 @@ class Rotation:
         tables: made for `positions`.
         head_dim: D.
         dtype: what the model computes in.
+        bias: what the layer adds to its scores, or None.
     """
 
     kind: Positions
@@ -50,12 +51,14 @@ class Rotation:
     tables: Any
     head_dim: int
     dtype: Any
+    bias: Bias | None = None
 
     @classmethod
-    def of_layers(cls, config: Config, positions: Array, dtype: Any) -> tuple[Rotation, ...]:
-        """One a layer; layers that turn alike share one, with its tables."""
-        d = config.head_dim
-        made = {x: cls(x, positions, x.tables(positions, d, dtype), d, dtype) for x in dict.fromkeys(config.turns)}
+    def of_layers(cls, params: Params, config: Config, positions: Array, dtype: Any) -> tuple[Rotation, ...]:
+        """One a layer; layers that turn alike share one, with its tables. `params` are those of the whole stack."""
+        d, own = config.head_dim, params.get("positions", {})
+        kinds = dict.fromkeys(config.turns)
+        made = {x: cls(x, positions, x.tables(positions, d, dtype), d, dtype, x.bias(own)) for x in kinds}
         return tuple(made[x] for x in config.turns)
 
     def __call__(self, x: Array, positions: Array) -> Array:
@@ -67,7 +70,7 @@ class Rotation:
 
 
 def normed(params: Params, config: Config, part: str, x: Array) -> Array:
-    """What the sub-layer `part`, "attn" or "ffn", reads of the stream `x[B, S, M]`."""
+    """What the sub-layer `part`, "attn", "cross" or "ffn", reads of the stream `x[B, S, M]`."""
     return x if config.norm_order is NormOrder.POST else config.norm(params[f"{part}_norm"], x)
 
 
@@ -123,13 +126,10 @@ def self_attention(
         if config.norm_order is not NormOrder.POST:  # else no norm stands before the projections
             kernel, bias = config.norm.fold(params["attn_norm"], kernel)
             factor = config.norm.factor(stream)
-        maps = kernel.reshape(-1, 2, k, d)  # [M, keys and values, K, D]
         if "bias" in attn["qkv"]:
             own = attn["qkv"]["bias"][h * d :].astype(stream.dtype)
             bias = own if bias is None else bias + own
-        key_bias, value_bias = (None, None) if bias is None else bias.reshape(2, k, d)
-        absorbed = Absorb(maps[:, 0].transpose(1, 2, 0), maps[:, 1].transpose(1, 0, 2), key_bias, value_bias)
-        return absorbed, factor
+        return Absorb.of(kernel, bias, k, stream.dtype), factor
 
     out, cache = cache.attend(
         layer,
@@ -140,9 +140,57 @@ def self_attention(
         scale=config.scale,
         window=config.windows[layer],
         softcap=config.attention_softcap,
+        bias=rotation.bias,
     )
     with jax.named_scope("projections"):
         return linear(attn["out"], out.reshape(*x.shape[:2], h * d)), cache
+
+
+def cross_attention(params: Params, config: Config, x: Array, cache: OpenCache, layer: int) -> Array:
+    """Norm, query projection, attention over the source, output projection. No order stands between source and text.
+
+    Args:
+        params: the layer's parameters.
+        config: the model.
+        x: `[B, S, M]`, the residual stream before any norm.
+        cache: open; read only.
+        layer: which.
+
+    Returns:
+        `[B, S, M]` to be joined with the stream.
+    """
+    h, k, d = config.query_heads, config.kv_heads, config.head_dim
+    cross = params["cross"]
+
+    def kv(states: Array, positions: Array | None) -> tuple[Array, Array]:
+        with jax.named_scope("projections"):
+            keys, values = jnp.split(linear(cross["kv"], states), 2, axis=-1)  # [R, S, K * D] each
+        keys, values = (part.reshape(*states.shape[:2], k, d) for part in (keys, values))
+        return (keys if config.qk_norm is None else config.qk_norm(cross["k_norm"], keys)), values
+
+    def absorb(states: Array) -> tuple[Absorb, Array | None]:
+        bias = cross["kv"].get("bias")
+        return Absorb.of(cross["kv"]["kernel"], bias, k, states.dtype), None
+
+    with jax.named_scope("projections"):
+        q = linear(cross["q"], normed(params, config, "cross", x)).reshape(*x.shape[:2], h, d)
+        if config.qk_norm is not None:
+            q = config.qk_norm(cross["q_norm"], q)
+    out = cache.cross_attend(
+        layer,
+        q,
+        Project(kv, unturned, absorb if config.qk_norm is None else None),
+        kv_heads=k,
+        scale=config.scale,
+        softcap=config.attention_softcap,
+    )
+    with jax.named_scope("projections"):
+        return linear(cross["out"], out.reshape(*x.shape[:2], h * d))
+
+
+def unturned(x: Array, positions: Array) -> Array:
+    """`x[B, S, heads, D]` as it is: nothing rotates."""
+    return x
 
 
 def absorbs(config: Config, layer: int) -> bool:
@@ -150,20 +198,27 @@ def absorbs(config: Config, layer: int) -> bool:
     return not config.turns[layer].rotates and config.qk_norm is None
 
 
-def layer_sites(layer: int) -> tuple[str, ...]:
+def layer_sites(config: Config, layer: int) -> tuple[str, ...]:
     """Names under which a decoder layer shows its stream, in the order in which it does."""
-    return (*(("embedding",) if layer == 0 else ()), "after_self_attention", "after_ffn")
+    first = ("embedding",) if layer == 0 else ()
+    cross = () if config.encoder is None else ("after_cross_attention",)
+    return (*first, "after_self_attention", *cross, "after_ffn")
 
 
 def decoder_layer(
     params: Params, config: Config, x: Array, cache: OpenCache, layer: int, rotation: Rotation
 ) -> tuple[Array, OpenCache]:
-    """Attention, then feed-forward, each joined with the stream as `norm_order` says; `x[B, S, M]` to `[B, S, M]`."""
+    """Attention to the text, to the source where there is one, then feed-forward, each joined with the stream as
+    `norm_order` says; `x[B, S, M]` to `[B, S, M]`."""
     with jax.named_scope(f"layer_{layer}"):
         with jax.named_scope("attention"):
             y, cache = self_attention(params, config, x, cache, layer, rotation)
             x = joined(params, config, "attn", x, y)
         cache = cache.record(layer, "after_self_attention", x)
+        if config.encoder is not None:
+            with jax.named_scope("cross_attention"):
+                x = joined(params, config, "cross", x, cross_attention(params, config, x, cache, layer))
+            cache = cache.record(layer, "after_cross_attention", x)
         with jax.named_scope("ffn"):
             y = feed_forward(params["ffn"], config, normed(params, config, "ffn", x))
             x = joined(params, config, "ffn", x, y)
@@ -177,6 +232,8 @@ __all__ = [
     "normed",
     "joined",
     "self_attention",
+    "cross_attention",
+    "unturned",
     "decoder_layer",
     "absorbs",
     "layer_sites",

@@ -9,69 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from kvjax import struct
-from kvjax.caches import plans, storage
-from kvjax.caches.base import Cache, LayerShape, Node, OpenCache, Project, Span
+from kvjax.caches import storage
+from kvjax.caches.base import SOURCE, LayerShape, Node, OpenCache, Project, Span, filled_positions
+from kvjax.caches.cross import Source
+from kvjax.caches.opened import finite
 from kvjax.caches.recompute import Recompute
-from kvjax.caches.shared_prefix import after, room_after
 from kvjax.checks import is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import InputError
-from kvjax.layers import Rotation, absorbs, decoder_layer, layer_sites
-from kvjax.ops.activations import softcapped
+from kvjax.layers import absorbs, layer_sites, unturned
 from kvjax.ops.attention import EMPTY, Absorb, View
+from kvjax.ops.positions import Bias
+from kvjax.transformer import apply_decoder, apply_encoder, decoder_head
 from kvjax.types import Array, Params
-
-
-def apply_decoder(
-    params: Params, config: Config, cache: OpenCache, tokens: Array, valid: Array
-) -> tuple[Array, OpenCache]:
-    """Runs the decoder over new tokens.
-
-    Args:
-        params: as `kvjax.params.declare` says.
-        config: the model.
-        cache: open, at the tokens that came before.
-        tokens: `[B, S]` int32.
-        valid: `[B]` int32, how many of a row's tokens are real.
-
-    Returns:
-        Features `[B, S, M]` for `decoder_head`, after the final norm where there is one, and the cache.
-    """
-    positions = cache.positions
-    with jax.named_scope("embedding"):
-        x = embed(params, config, tokens, positions)
-    cache = cache.record(0, "embedding", x)
-    rotations = Rotation.of_layers(config, positions, x.dtype)
-    for layer in range(config.num_layers):
-        x, cache = decoder_layer(params["layers"][str(layer)], config, x, cache, layer, rotations[layer])
-    return final_norm(params, config, x), cache
-
-
-def embed(params: Params, config: Config, tokens: Array, positions: Array) -> Array:
-    """Tokens `[B, S]` at `positions[B, S]` to the stream `[B, S, M]`; bad ids read some row, and are flagged."""
-    x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")
-    x = x * jnp.asarray(config.embed_scale, x.dtype)
-    return config.positions.embed(params.get("positions", {}), x, positions)
-
-
-def final_norm(params: Params, config: Config, x: Array) -> Array:
-    """The stream `[B, S, M]` as the head reads it: normed where the parameters have a final norm."""
-    return config.norm(params["final_norm"], x) if "final_norm" in params else x
-
-
-@jax.named_scope("head")
-def decoder_head(params: Params, config: Config, x: Array) -> Array:
-    """Features `[B, S, M]` to logits `[B, S, V]`, at least float32."""
-    precise = jnp.promote_types(jnp.float32, x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    kernel, axis = (params["embed"]["table"], 1) if config.tied else (params["head"]["kernel"], 0)
-    y = lax.dot_general(flat, kernel.astype(x.dtype), (((1,), (axis,)), ((), ())), preferred_element_type=precise)
-    if config.logit_softcap is not None:
-        y = softcapped(y, config.logit_softcap)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def identity_head(params: Params, config: Any, x: Array) -> Array:
@@ -91,36 +43,49 @@ class Model(struct.Value):
             a closure over arrays would be compiled in as constants.
         head: a module-level function `(params, config, x) -> logits`, so that only wanted positions become logits;
             the default is for an `apply` that returns logits.
+        encode: a module-level function `(params, config, tokens [R, S], valid [R]) -> states [R, S, E]`, for an `apply`
+            that attends to a source (`kvjax.cross_attend`); None where there is none, or it is made elsewhere.
     """
 
     params: Any
     config: Any = struct.static()
     apply: Callable[..., Any] = struct.static()
     head: Callable[..., Array] = struct.static(default=identity_head)
+    encode: Callable[..., Array] | None = struct.static(default=None)
 
     @property
     def max_positions(self) -> int | None:
         """Positions that the model was made for, or None."""
         return getattr(self.config, "max_positions", None)
 
-    def layer_shapes(self) -> tuple[LayerShape, ...]:
-        """What kinds must know of each layer; found by tracing `apply` once, without computing."""
+    @property
+    def vocab_size(self) -> int | None:
+        """Ids that the model knows, as far as its configuration says."""
+        return getattr(self.config, "vocab_size", None)
+
+    def layer_shapes(self, source: Source | None = None) -> tuple[LayerShape, ...]:
+        """What kinds must know of each layer; found by tracing `apply` once, without computing.
+
+        Args:
+            source: for an `apply` of one's own that attends to one.
+        """
         if isinstance(self.config, Config):
-            c, dtype, sites = self.config, self.params["embed"]["table"].dtype, layer_sites
+            c, dtype = self.config, self.params["embed"]["table"].dtype
             shape = LayerShape(c.kv_heads, c.head_dim, c.head_dim, dtype, width=c.width, stream=c.width, chained=True)
             return _numbered(
-                dataclasses.replace(shape, window=window, sites=sites(i), absorbs=absorbs(c, i))
+                dataclasses.replace(shape, window=window, sites=layer_sites(c, i), absorbs=absorbs(c, i))
                 for i, window in enumerate(c.windows)
             )
         found = _Found()
-        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        row = jax.ShapeDtypeStruct((1,), jnp.int32)
+        rows = 1 if source is None else source.lengths.shape[0]
+        row = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
-        def run(params: Any, start: Array, tokens: Array) -> Array:
+        def run(params: Any, start: Array, source: Any) -> Array:
             span = Span(start, jnp.ones_like(start), start[:, None])
-            return self.apply(params, self.config, OpenCache(found, {}, span), tokens, span.valid)[0]
+            shared = {} if source is None else {SOURCE: Asked(source)}
+            return self.apply(params, self.config, OpenCache(found, shared, span), start[:, None], span.valid)[0]
 
-        jax.eval_shape(run, self.params, row, tokens)
+        jax.eval_shape(run, self.params, row, source)
         if sorted(found.shapes) != list(range(len(found.shapes))) or not found.shapes:
             raise InputError(f"Model.apply attends at layers {sorted(found.shapes)}; they must count from 0 upwards")
         return _numbered(found.nodes[i].shape() for i in range(len(found.shapes)))
@@ -134,20 +99,21 @@ def _numbered(shapes: Iterable[LayerShape]) -> tuple[LayerShape, ...]:
 
 
 def decoder(config: Config, params: Params) -> Model:
-    """A `Model` of this library's own decoder."""
-    return Model(params, config, apply_decoder, decoder_head)
+    """A `Model` of this library's own decoder, with its encoder where the configuration has one."""
+    return Model(params, config, apply_decoder, decoder_head, None if config.encoder is None else apply_encoder)
 
 
-def forward(model: Model, tokens: Any, valid: Any = None) -> Array:
+def forward(model: Model, tokens: Any, valid: Any = None, *, source: Source | None = None) -> Array:
     """Logits at every position, without a cache: training and scoring.
 
     Args:
         model: any model.
         tokens: `[B, S]` int32.
         valid: `[B]` int32 or None, tokens of each row that are real; logits past them mean nothing.
+        source: what the rows attend to, from `kvjax.encode`; B is a multiple of its rows.
 
     Returns:
-        `[B, S, V]`; NaN in a row that has a real id outside the vocabulary.
+        `[B, S, V]`; NaN in a row that has a real id outside the vocabulary, or a source that was refused.
 
     Raises:
         InputError: `tokens` is not `[B, S]` whole numbers, S is past the model's positions, or (outside `jit`) an id is
@@ -160,8 +126,9 @@ def forward(model: Model, tokens: Any, valid: Any = None) -> Array:
     if model.max_positions is not None and s > model.max_positions:
         raise InputError(f"forward: {s} tokens, but the model has {model.max_positions} positions")
     count = jnp.asarray(check_valid("forward", valid, b, s))
-    check_ids("forward", model, tokens, count)
-    return _forward(model, tokens.astype(jnp.int32), count)
+    check_ids("forward", model.vocab_size, tokens, count)
+    check_source("forward", model, source, b)
+    return _forward(model, tokens.astype(jnp.int32), count, source)
 
 
 def check_valid(name: str, valid: Any, rows: int, columns: int) -> Any:
@@ -181,13 +148,12 @@ def check_valid(name: str, valid: Any, rows: int, columns: int) -> Any:
     return valid
 
 
-def check_ids(name: str, model: Model, tokens: Any, valid: Any) -> None:
-    """Refuses real ids outside the vocabulary, where they and the vocabulary can be looked at.
+def check_ids(name: str, vocab: int | None, tokens: Any, valid: Any) -> None:
+    """Refuses real ids outside a vocabulary, where they and the vocabulary can be looked at.
 
     Raises:
         InputError: names row, id and vocabulary.
     """
-    vocab = getattr(model.config, "vocab_size", None)
     if vocab is None or not (is_concrete(tokens) and is_concrete(valid)):
         return
     tokens, valid = np.asarray(tokens), np.asarray(valid)
@@ -196,54 +162,42 @@ def check_ids(name: str, model: Model, tokens: Any, valid: Any) -> None:
         raise InputError(f"{name}: row {row} has id {tokens[row, column]}, the vocabulary has {vocab} ids")
 
 
+def check_source(name: str, model: Model, source: Source | None, batch: int) -> int:
+    """How many rows read one row of a source.
+
+    Raises:
+        InputError: the model needs a source and has none, or the reverse; another width; the rows do not divide.
+    """
+    own = isinstance(model.config, Config)
+    encoder: Any = getattr(model.config, "encoder", None)
+    if source is None:
+        if own and encoder is not None:
+            raise InputError(f"{name}: the model attends to a source; give source=kvjax.encode(model, tokens)")
+        return 1
+    if own and encoder is None:
+        raise InputError(f"{name}: a source is given, but the model has no encoder and attends to none")
+    rows, width = source.lengths.shape[0], source.states.shape[-1]
+    if own and width != encoder.width:
+        raise InputError(f"{name}: the source has states of width {width}, the model reads {encoder.width}")
+    if batch % rows:
+        raise InputError(f"{name}: batch {batch} is no multiple of the {rows} rows of the source")
+    return batch // rows
+
+
 @jax.jit
-def _forward(model: Model, tokens: Array, valid: Array) -> Array:
+def _forward(model: Model, tokens: Array, valid: Array, source: Source | None) -> Array:
     b, s = tokens.shape
     steps = jnp.arange(s, dtype=jnp.int32)
     span = Span(jnp.zeros((b,), jnp.int32), valid, jnp.broadcast_to(steps[None, :], (b, s)))
-    layers = tuple(Recompute() for _ in model.layer_shapes())
+    layers = tuple(Recompute() for _ in model.layer_shapes(source))
     fed = jnp.where(span.real(), tokens, 0)  # padding may hold anything
-    x, _ = model.apply(model.params, model.config, OpenCache(layers, {}, span), fed, valid)
+    shared = {} if source is None else {SOURCE: Asked(source)}
+    x, _ = model.apply(model.params, model.config, OpenCache(layers, shared, span), fed, valid)
     logits = model.head(model.params, model.config, x)
     bad = jnp.any(span.real() & ((tokens < 0) | (tokens >= logits.shape[-1])), axis=1)
+    if source is not None:
+        bad |= jnp.repeat(source.flags != 0, b // source.lengths.shape[0])
     return jnp.where(bad[:, None, None], jnp.nan, logits)
-
-
-def init_cache(model: Model, plan: Any = None, *, batch: int = 1, capacity: int, prefix: Cache | None = None) -> Cache:
-    """An empty cache, or one whose rows all go on from a prefix.
-
-    Args:
-        model: any model.
-        plan: a kind (`caches.dense()`), a tuple with one a layer, or None for `caches.default`.
-        batch: B, rows.
-        capacity: T, tokens that a row can hold, a prefix included.
-        prefix: a cache of one row that holds what all rows share; None for nothing. It is kept once for all rows, is
-            copied and stays usable. The plan is that of the suffixes, and may be another one.
-
-    Raises:
-        InputError: `batch` or `capacity` is less than 1, the plan does not fit the layers, or the prefix has more rows,
-            is empty, or leaves no room.
-    """
-    if batch < 1 or capacity < 1:
-        raise InputError(f"init_cache: batch and capacity must be at least 1, not {batch} and {capacity}")
-    shapes = model.layer_shapes()
-    if plan is None:
-        plan = tuple(plans.for_window(shape.window) for shape in shapes)
-    kinds = plans.kinds_of(plan, shapes)
-    if prefix is not None:
-        prefix, capacity = room_after(prefix, len(shapes), capacity)
-    layers = plans.init_layers(kinds, shapes, batch, capacity)
-    # Three arrays, not one three times: a buffer cannot be donated twice.
-    lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
-    shared = plans.init_shared(kinds, shapes, batch, capacity)
-    cache = Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags, kinds)
-    return cache if prefix is None else after(prefix, cache)
-
-
-def cache_nbytes(model: Model, plan: Any = None, *, batch: int = 1, capacity: int) -> int:
-    """Bytes of the cache that `init_cache` would make, nothing allocated."""
-    made = jax.eval_shape(lambda: init_cache(model, plan, batch=batch, capacity=capacity))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made))
 
 
 def attend(
@@ -258,6 +212,7 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    bias: Bias | None = None,
 ) -> tuple[Array, OpenCache]:
     """The door for a model of one's own: takes in the new keys and values, masks, reads; for any kind of cache.
 
@@ -273,6 +228,8 @@ def attend(
         scale: factor on the scores, `D ** -0.5` if None.
         window: how many positions a query sees, its own included; None is all.
         softcap: bound c on scaled scores, as tanh(s / c) · c (Gemma 2); None is none.
+        bias: added to scaled scores: `(query positions, key positions)`, int32 that broadcast to `[...]`, to
+            `[H, ...]`.
 
     Returns:
         `[B, S, H, D]`, D the width of the values, and the cache for the next layer.
@@ -282,7 +239,7 @@ def attend(
     """
     if not callable(kv) and len(kv) != 2:
         raise InputError(f"attend: kv must be (k, v) or a function that gives them, not {len(kv)} things")
-    turn = rotate or _unturned
+    turn = rotate or unturned
 
     def project(stream: Any, positions: Array | None) -> tuple[Array, Array]:
         if callable(kv):
@@ -309,11 +266,54 @@ def attend(
         scale=scale,
         window=window,
         softcap=softcap,
+        bias=bias,
     )
 
 
-def _unturned(x: Array, positions: Array) -> Array:
-    return x
+def cross_attend(
+    cache: OpenCache,
+    layer: int,
+    *,
+    q: Array,
+    kv: Callable[[Array], tuple[Array, Array]],
+    kv_heads: int | None = None,
+    absorb: Callable[[Any], tuple[Absorb, Array | None]] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Array:
+    """The door to a source for a model of one's own: every query sees all of its row's source, which never changes.
+
+    Args:
+        cache: what `apply` was given, or the last `attend` returned.
+        layer: of the decoder; each layer once a call.
+        q: `[B, S, H, D]`, new queries.
+        kv: `states [R, S, E] -> (k [R, S, K, D], v [R, S, K, D])`, K a divisor of H. Called once for a source, or at
+            every call, as what is kept of the source wants it.
+        kv_heads: K; None is H.
+        absorb: see `Project`; None where keys and values are not linear in the states.
+        scale: factor on the scores, `D ** -0.5` if None.
+        softcap: bound c on scaled scores, as tanh(s / c) · c; None is none.
+
+    Returns:
+        `[B, S, H, D]`, D the width of the values.
+
+    Raises:
+        InputError: the cache has no source, or shapes disagree.
+    """
+
+    def project(states: Array, positions: Array | None) -> tuple[Array, Array]:
+        k, v = kv(states)
+        if q.ndim != 4 or k.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[:2] != states.shape[:2]:
+            raise InputError(f"cross_attend: q {q.shape}, k {k.shape}, v {v.shape} must be [rows, S, heads, width]")
+        if k.shape[2] != heads or q.shape[3] != k.shape[3]:
+            raise InputError(f"cross_attend: k has {k.shape[2:]} heads of width, q makes it {heads, q.shape[3]}")
+        return k, v
+
+    heads = q.shape[2] if kv_heads is None else kv_heads
+    if q.shape[2] % heads:
+        raise InputError(f"cross_attend: q has {q.shape[2]} heads, no multiple of kv_heads {heads}")
+    how = Project(project, unturned, absorb)
+    return cache.cross_attend(layer, q, how, kv_heads=heads, scale=scale, softcap=softcap)
 
 
 @jax.tree_util.register_static
@@ -328,6 +328,21 @@ class _Found:
 
     def __getitem__(self, layer: int) -> _FoundNode:
         return self.nodes.setdefault(layer, _FoundNode(self, layer))
+
+
+class Asked:
+    """Stands in for what is kept of a source where nothing is: layers project it themselves, and that is noted."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.made: dict[int, tuple[Array, Array]] = {}
+
+    def views(self, layer: int, project: Project) -> tuple[View, ...]:
+        """As `Cross.views`."""
+        k, v = finite(*project.kv(self.source.states, None), None)
+        self.made[layer] = k, v
+        at = filled_positions(k.shape[1], self.source.lengths)
+        return (View(storage.pack(k), storage.pack(v), at, causal=False),)
 
 
 class _FoundNode(Node):
@@ -364,4 +379,4 @@ class _FoundNode(Node):
         return (View(storage.pack(k), storage.pack(v), at),), self
 
 
-__all__ = ["Model", "decoder", "forward", "init_cache", "cache_nbytes", "attend", "apply_decoder", "decoder_head"]
+__all__ = ["Model", "Asked", "decoder", "forward", "attend", "cross_attend", "check_valid", "check_ids", "check_source"]

@@ -31,11 +31,12 @@ from kvjax import caches
 from kvjax.caches import storage
 from kvjax.caches.base import Cache
 from kvjax.caches.codecs import Store
+from kvjax.caching import init_cache
 from kvjax.checkpoint import reader
 from kvjax.checkpoint.reader import SafetensorsFile, parse_json, show
 from kvjax.checks import is_concrete
 from kvjax.errors import CacheError, CheckpointError, InputError
-from kvjax.model import Model, init_cache
+from kvjax.model import Model
 
 VERSION = "1"
 """Of the file's layout; a file of another version is refused."""

@@ -14,11 +14,12 @@ import numpy as np
 
 from kvjax import caches, costs, donating
 from kvjax.caches.base import Cache
+from kvjax.caching import init_cache
 from kvjax.config import Config
 from kvjax.costs import Flops
 from kvjax.errors import CacheError, InputError, KvjaxError
 from kvjax.loops.decode import VALUE
-from kvjax.model import Model, decoder, forward, init_cache
+from kvjax.model import Model, decoder, forward
 from kvjax.ops.positions import Learned
 from kvjax.params import init_params
 from kvjax.types import Array, DType

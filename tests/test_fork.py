@@ -55,7 +55,8 @@ def test_every_public_function_that_takes_a_cache_is_in_this_test():
     takes = {"prefill", "step", "decode", "decode_until", "generate", "save_cache"}
     takes |= {"resume"}  # of a cache with a trace, in test_resume
     public = {name for name in kvjax.__all__ if callable(getattr(kvjax, name))}
-    builds = {"init_cache", "cache_nbytes", "forward", "attend", "decoder", "init_params", "load", "load_cache"}
+    builds = {"init_cache", "cache_nbytes", "forward", "attend", "cross_attend", "encode", "decoder", "init_params"}
+    builds |= {"load", "load_cache"}
     types = {name for name in public if isinstance(getattr(kvjax, name), type)}
     assert public - builds - types <= takes, "a new function: let both branches run through it"
     methods = {name for name in dir(kvjax.Cache) if not name.startswith("_") and callable(getattr(kvjax.Cache, name))}

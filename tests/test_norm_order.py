@@ -75,7 +75,7 @@ def given(model):
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, LENGTH, model.config.width)), jnp.float32)
     at = jnp.arange(LENGTH, dtype=jnp.int32)[None]
     cache = OpenCache((Watch(),), {}, Span(jnp.zeros(1, jnp.int32), jnp.full(1, LENGTH), at))
-    rotation = Rotation.of_layers(model.config, at, x.dtype)[0]
+    rotation = Rotation.of_layers(model.params, model.config, at, x.dtype)[0]
     with pytest.raises(Seen) as seen:
         self_attention(model.params["layers"]["0"], model.config, x, cache, 0, rotation)
     return seen.value.args

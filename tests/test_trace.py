@@ -19,7 +19,7 @@ import kvjax
 from kvjax import CacheError, InputError, caches, codecs, struct
 from kvjax.caches.base import Kind
 from kvjax.caches.trace import Traced
-from kvjax.model import decoder_head, final_norm
+from kvjax.transformer import decoder_head, final_norm
 
 VALID = np.array([16, 9, 3])
 EXACT = 1e-5

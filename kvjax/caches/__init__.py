@@ -4,6 +4,7 @@ from typing import Any
 
 from kvjax.caches import words
 from kvjax.caches.base import Cache, Kind, OpenCache
+from kvjax.caches.cross import CrossKind, cross, encoder_output
 from kvjax.caches.dense import dense
 from kvjax.caches.layer_input import layer_input
 from kvjax.caches.paged import paged
@@ -15,6 +16,9 @@ from kvjax.caches.trace import hybrid, output, traced
 
 KINDS = (dense, ring, paged, shared_prefix, recompute, layer_input, traced, output, hybrid)
 """Every kind; the shared tests and the command line run over it."""
+
+CROSS_KINDS = (cross, encoder_output)
+"""What can be kept of a source."""
 
 
 def parse(text: str) -> Any:
@@ -29,7 +33,7 @@ def parse(text: str) -> Any:
         InputError: another name, or an argument that is none of these or that the kind refuses.
     """
     kind = words.read(text, words.known())
-    return per_layer(local=kind, full=kind).full  # a codec is no kind
+    return kind if isinstance(kind, CrossKind) else per_layer(local=kind, full=kind).full  # a codec is no kind
 
 
 __all__ = [
@@ -42,12 +46,16 @@ __all__ = [
     "traced",
     "output",
     "hybrid",
+    "cross",
+    "encoder_output",
     "default",
     "per_layer",
     "parse",
     "init_layers",
     "Cache",
+    "CrossKind",
     "Kind",
     "OpenCache",
     "KINDS",
+    "CROSS_KINDS",
 ]

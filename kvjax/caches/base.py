@@ -22,13 +22,13 @@ from kvjax.caches.contract import (
     filled_positions,
     views_of,
 )
-from kvjax.caches.opened import OpenCache
+from kvjax.caches.opened import SOURCE, OpenCache
 from kvjax.checks import is_concrete, whole
 from kvjax.errors import CacheError
 from kvjax.ops.attention import EMPTY
-from kvjax.types import Array, DType
+from kvjax.types import Array
 
-CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX, COUNT = (1 << i for i in range(9))
+CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX, COUNT, NO_SOURCE = (1 << i for i in range(10))
 """Bits of `Cache.flags`."""
 
 MEANING = {
@@ -41,6 +41,7 @@ MEANING = {
     ROWS: "it was taken from a row outside the batch",
     PREFIX: "it was joined with rows that go on from another prefix",
     COUNT: "it was given a number of tokens below 0 or above the columns",
+    NO_SOURCE: "its source is empty, was refused, or holds what the cache cannot keep",
 }
 
 
@@ -266,14 +267,15 @@ class Cache(struct.Value):
         )
 
     def fork(self, copies: int) -> Cache:
-        """Every row `copies` times, one after the other: `take([0, 0, 1, 1])` for two copies of two rows.
+        """Every row `copies` times: `take([0, 0, 1, 1])` for two of two rows, but a source stays, and they share it.
 
         Raises:
             CacheError: `copies` is no whole number of at least 1.
         """
         if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
             raise CacheError(f"fork: copies must be a whole number of at least 1, not {copies!r}")
-        return self.take(np.repeat(np.arange(self.batch, dtype=np.int32), copies))
+        every = np.repeat(np.arange(self.batch, dtype=np.int32), copies)
+        return self._rows(every, "take", lambda entry, rows: entry.fork(rows, copies))
 
     def take(self, rows: Any) -> Cache:
         """Other rows, `rows[n]` int32, repeated or left out at will; everything moves.
@@ -291,14 +293,15 @@ class Cache(struct.Value):
         """
         return self._rows(beams, "reorder")
 
-    def _rows(self, rows: Any, how: str) -> Cache:
+    def _rows(self, rows: Any, how: str, common: Any = None) -> Cache:
+        common = common or (lambda entry, rows: getattr(entry, how)(rows))
         rows = self._checked_rows(how, rows)
         if how == "reorder" and rows.shape[0] != self.batch:
             raise CacheError(f"reorder: {rows.shape[0]} rows given, the batch is {self.batch}")
         pick = lambda x: jnp.take(x, rows, axis=0, mode="clip")  # noqa: E731
         outside = (rows < 0) | (rows >= self.batch)
         marked = pick(self.flags) | jnp.where(outside, ROWS, 0).astype(jnp.int32)
-        shared, flags = ask(self.shared, lambda entry: getattr(entry, how)(rows), marked)
+        shared, flags = ask(self.shared, lambda entry: common(entry, rows), marked)
         return self.replace(
             layers=tuple(getattr(node, how)(rows, self.shared, shared) for node in self.layers),
             shared=shared,
@@ -390,7 +393,8 @@ __all__ = [
     "ROWS",
     "PREFIX",
     "COUNT",
+    "NO_SOURCE",
+    "SOURCE",
     "ask",
     "MEANING",
-    "DType",
 ]

@@ -201,6 +201,10 @@ class Shared(struct.Value):
         """Rows exchanged inside a source; what the rows of a source share stays."""
         return self.take(beams)
 
+    def fork(self, rows: Array, copies: int) -> tuple[Any, Array]:
+        """Every row `copies` times, one after the other, as `rows` says; what the copies share stays."""
+        return self.take(rows)
+
     def join(self, other: Any) -> tuple[Any, Array]:
         """These rows, then those of another entry made for as many tokens a row."""
         raise NotImplementedError

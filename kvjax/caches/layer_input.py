@@ -139,9 +139,7 @@ class LayerInputKind(Kind):
             return LayerInput(x, capacity, shape.chained)
         if not shape.absorbs:
             raise InputError(f"caches.layer_input(absorb=True): layer {shape.index}: {REASON}")
-        at = filled_positions(capacity, jnp.zeros((batch,), jnp.int32))
-        segments = x.read(at, at[:, 0])
-        if len(segments) > 1 or (segments[0].scale is not None and segments[0].scale.ndim == segments[0].data.ndim):
+        if not one_factor(x):
             raise InputError(f"caches.layer_input(absorb=True): a store of {self.store} has no one factor a position")
         precise = jnp.promote_types(jnp.float32, shape.dtype)
         factor = codecs.plain().empty(batch, 1, capacity, None, precise)
@@ -152,6 +150,12 @@ class LayerInputKind(Kind):
         own, kv = (_slot_nbytes(kind, shapes) for kind in (self, dense(store=self.store)))
         verdict = "as large as" if own == kv else ("LARGER than" if own > kv else "smaller than")
         return f"layer inputs {own:,} bytes a token, {verdict} keys and values ({kv:,}; {own / kv:.3g} times)"
+
+
+def one_factor(store: Any) -> bool:
+    """Whether what a store keeps is one buffer with at most one factor a slot: what absorbed attention can read."""
+    kept = jax.eval_shape(lambda: store.read(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)))
+    return len(kept) == 1 and (kept[0].scale is None or kept[0].scale.ndim < kept[0].data.ndim)
 
 
 def _slot_nbytes(kind: Kind, shapes: tuple[LayerShape, ...]) -> int:
@@ -177,4 +181,4 @@ def layer_input(*, absorb: bool = False, store: Any = None) -> LayerInputKind:
     return LayerInputKind(either("caches.layer_input: absorb", absorb), codecs.as_codec(store))
 
 
-__all__ = ["layer_input", "LayerInput", "AbsorbedInput", "LayerInputKind"]
+__all__ = ["layer_input", "LayerInput", "AbsorbedInput", "LayerInputKind", "one_factor"]

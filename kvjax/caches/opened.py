@@ -11,8 +11,13 @@ import jax.numpy as jnp
 
 from kvjax import struct
 from kvjax.caches.contract import Project, Span
+from kvjax.errors import InputError
 from kvjax.ops.attention import attention
+from kvjax.ops.positions import Bias
 from kvjax.types import Array
+
+SOURCE = "source"
+"""The name in `Cache.shared` of what cross-attention reads."""
 
 
 @struct.node
@@ -49,6 +54,7 @@ class OpenCache(struct.Value):
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
+        bias: Bias | None = None,
     ) -> tuple[Array, OpenCache]:
         """Extends one layer's node and attends. `kvjax.attend` is the door for models of one's own."""
         node = self.layers[layer]
@@ -64,8 +70,25 @@ class OpenCache(struct.Value):
             window=window,
             softcap=softcap,
             rotate=project.rotate,
+            bias=bias,
         )
         return out, self._with(layer, node)
+
+    def cross_attend(
+        self,
+        layer: int,
+        q: Array,
+        project: Project,
+        *,
+        kv_heads: int,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Array:
+        """Attends to the source, which does not change. `kvjax.cross_attend` is the door for models of one's own."""
+        if SOURCE not in self.shared:
+            raise InputError("the model attends to a source, but has none: give source=kvjax.encode(model, tokens)")
+        views = self.shared[SOURCE].views(layer, project)
+        return attention(q, self.span.positions, views, kv_heads=kv_heads, scale=scale, softcap=softcap)
 
     def _with(self, layer: int, node: Any) -> OpenCache:
         if node is self.layers[layer]:
@@ -75,9 +98,13 @@ class OpenCache(struct.Value):
 
 
 def _finite_values(kv: Callable[..., Any], reach: float | None, h: Any, positions: Array | None) -> tuple[Array, Array]:
+    k, v = kv(h, positions)
+    return finite(k, v, reach)
+
+
+def finite(k: Array, v: Array, reach: float | None) -> tuple[Array, Array]:
     """Keys and values, a value that is not finite moved into its key: there it shows as long as it is seen, and masks
     hide it afterwards; among the values it would leak as 0 · NaN. So is what the stores cannot keep."""
-    k, v = kv(h, positions)
     good = jnp.isfinite(v) if reach is None else jnp.abs(v) <= reach
     fits = jnp.all(good, axis=-1, keepdims=True)
     if reach is not None:
@@ -85,4 +112,4 @@ def _finite_values(kv: Callable[..., Any], reach: float | None, h: Any, position
     return jnp.where(fits, k, jnp.nan), jnp.where(good, v, 0)
 
 
-__all__ = ["OpenCache"]
+__all__ = ["OpenCache", "SOURCE", "finite"]

@@ -23,11 +23,13 @@ class Recompute(Node):
     Args:
         window, sinks: attend as `ring(window, sinks=sinks)` does; None and 0 as the layer itself does.
         sinks_in_cache: as for `ring`.
+        causal: False lets tokens see those after them too: an encoder's layer.
     """
 
     window: int | None = struct.static(default=None)
     sinks: int = struct.static(default=0)
     sinks_in_cache: bool = struct.static(default=False)
+    causal: bool = struct.static(default=True)
 
     replays = True
 
@@ -35,7 +37,8 @@ class Recompute(Node):
         """See `Node`."""
         k, v = project.kv(h, span.positions)
         at = jnp.where(span.real(), span.order, EMPTY)
-        whole = View(storage.pack(k), storage.pack(v), at, window=self.window, sinks=self.sinks)
+        kept = storage.pack(k), storage.pack(v)
+        whole = View(*kept, at, window=self.window, sinks=self.sinks, causal=self.causal)
         if self.window is None or not self.sinks_in_cache:
             return (whole,), self
         n, queries = self.sinks, in_cache(span.positions, self.window, self.sinks)

@@ -13,7 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import struct
-from kvjax.caches.base import CAPACITY, PREFIX, REWIND, Cache, Kind, LayerShape, Node, Project, Shared, Span, ask
+from kvjax.caches.base import (
+    CAPACITY,
+    PREFIX,
+    REWIND,
+    SOURCE,
+    Cache,
+    Kind,
+    LayerShape,
+    Node,
+    Project,
+    Shared,
+    Span,
+    ask,
+)
 from kvjax.caches.dense import dense
 from kvjax.checks import is_concrete
 from kvjax.errors import CacheError, InputError
@@ -307,14 +320,18 @@ def room_after(prefix: Cache, layers: int, capacity: int) -> tuple[Cache, int]:
 
 
 def after(prefix: Cache, suffix: Cache) -> Cache:
-    """The rows of an empty cache, going on from a cache of one row, which is copied once and stays usable."""
+    """The rows of an empty cache, going on from a cache of one row, which is copied once and stays usable; all read the
+    source that it reads."""
     prefix = jax.tree.map(jnp.copy, prefix)
     rows, slots = lambda x: jnp.repeat(x, suffix.batch, axis=0), prefix.capacity
-    common = Prefix(prefix.tokens, prefix.lengths, prefix.shared, suffix.shared, suffix.capacity)
+    entries = dict(prefix.shared)
+    every = jnp.zeros((suffix.batch,), jnp.int32)
+    source = {SOURCE: entries.pop(SOURCE).fork(every, suffix.batch)[0]} if SOURCE in entries else {}
+    common = Prefix(prefix.tokens, prefix.lengths, entries, suffix.shared, suffix.capacity)
     pairs = zip(prefix.layers, suffix.layers, strict=True)
     return Cache(
         tuple(SharedPrefix(one, _fit(own)) for one, own in pairs),
-        {"prefix": common},
+        {"prefix": common, **source},
         jnp.concatenate([rows(prefix.tokens), suffix.tokens], axis=1),
         rows(prefix.lengths),
         rows(prefix.lengths) + suffix.written,

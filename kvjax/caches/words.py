@@ -25,7 +25,7 @@ def known() -> Words:
     from kvjax import caches  # what is named is made above
     from kvjax.caches import codecs
 
-    return {make.__name__: make for make in (*caches.KINDS, caches.per_layer, *codecs.CODECS)}
+    return {make.__name__: make for make in (*caches.KINDS, caches.per_layer, *caches.CROSS_KINDS, *codecs.CODECS)}
 
 
 def text_of(value: Any, words: Words) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvjax import caches
+from kvjax.caching import cache_nbytes
 from kvjax.checkpoint.folder import Tensors, read_json
 from kvjax.checkpoint.rules import plan
 from kvjax.checkpoint.source import resolve
 from kvjax.config import Config
 from kvjax.lm import default_dtype, read_config
-from kvjax.model import Model, cache_nbytes, decoder
+from kvjax.model import Model, decoder
 from kvjax.params import abstract_params, count_params
 
 CONTEXT = 4096

@@ -15,28 +15,17 @@ from jax import lax
 
 from kvjax import sampling, struct
 from kvjax.caches.base import NAN, Cache
-from kvjax.checks import is_concrete, whole
+from kvjax.checks import bucket, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.feed import feed, finish
 from kvjax.model import Model, check_ids, check_valid
 from kvjax.types import Array
-
-BUCKET = 16
-"""The smallest prompt bucket, in tokens; each next one is twice as long."""
 
 CHUNK = 16
 """Steps between two looks at whether all rows are done."""
 
 ALL = 1 << 30
 """More chunks than any loop runs."""
-
-
-def bucket(length: int, least: int = BUCKET) -> int:
-    """The smallest of least, 2 least, 4 least, … that holds `length` tokens."""
-    size = least
-    while size < length:
-        size *= 2
-    return size
 
 
 def _prefill(model: Model, cache: Cache, tokens: Array, valid: Array) -> tuple[Array, Cache]:
@@ -317,7 +306,7 @@ def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any
     if s < 1:
         raise InputError(f"{name}: tokens has no columns; feed at least one token")
     valid = check_valid(name, valid, b, s)
-    check_ids(name, model, tokens, valid)
+    check_ids(name, model.vocab_size, tokens, valid)
     if is_concrete(valid) and is_concrete(cache.lengths):
         limit, what = cache.capacity, "capacity"
         if model.max_positions is not None and model.max_positions < limit:

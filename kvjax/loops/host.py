@@ -14,12 +14,13 @@ import numpy as np
 
 from kvjax import sampling
 from kvjax.caches.base import Cache
+from kvjax.caching import init_cache
 from kvjax.errors import InputError
 from kvjax.lm import LM
 from kvjax.loops import decode as loop
 from kvjax.loops.algorithms import Algorithm, Candidate, Draw, UnderWay
 from kvjax.loops.prompts import beyond, encode, fed, limits_of, model_of
-from kvjax.model import Model, init_cache
+from kvjax.model import Model
 from kvjax.timing import Compilations
 from kvjax.types import Array
 

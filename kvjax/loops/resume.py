@@ -20,7 +20,8 @@ from kvjax.errors import CacheError, InputError
 from kvjax.layers import Rotation, decoder_layer
 from kvjax.loops.decode import bucket
 from kvjax.loops.feed import finish
-from kvjax.model import Model, apply_decoder, embed, final_norm
+from kvjax.model import Model
+from kvjax.transformer import apply_decoder, embed, final_norm
 from kvjax.types import Array
 
 
@@ -57,7 +58,7 @@ def _resume(
 
     tokens = jnp.take_along_axis(cache.tokens, at[:, :, 0], axis=1)
     x = embed(params, c, jnp.where(span.real(), tokens, 0), places)
-    rotations, layers = Rotation.of_layers(c, places, x.dtype), []
+    rotations, layers = Rotation.of_layers(params, c, places, x.dtype), []
     for i, node in enumerate(base.layers):
         kept = _source(cache, i)
 

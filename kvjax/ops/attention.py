@@ -19,6 +19,7 @@ from jax import lax
 from kvjax import struct
 from kvjax.ops import decoding
 from kvjax.ops.activations import softcapped
+from kvjax.ops.positions import Bias
 from kvjax.types import Array
 
 EMPTY = jnp.iinfo(jnp.int32).max
@@ -55,6 +56,13 @@ class Absorb(struct.Value):
     key_bias: Array | None = None
     value_bias: Array | None = None
 
+    @classmethod
+    def of(cls, kernel: Array, bias: Array | None, kv_heads: int, dtype: Any) -> Absorb:
+        """From a map `[E, 2 * K * D]`, keys then values, and its bias `[2 * K * D]` or None, in `dtype`."""
+        maps = kernel.astype(dtype).reshape(kernel.shape[0], 2, kv_heads, -1)
+        key_bias, value_bias = (None, None) if bias is None else bias.astype(dtype).reshape(2, kv_heads, -1)
+        return cls(maps[:, 0].transpose(1, 2, 0), maps[:, 1].transpose(1, 0, 2), key_bias, value_bias)
+
 
 @struct.node
 class View(struct.Value):
@@ -78,6 +86,7 @@ class View(struct.Value):
         rotated: whether the keys are stored turned to their positions; if not, they are turned when they are read.
         k_decode, v_decode: `(stored, dtype) -> parts`, the numbers that packed codes stand for, their channels in one
             or several parts; None casts.
+        causal: whether a query sees no key that stands after it; if not, it sees all that there are (a source text).
     """
 
     k: Array
@@ -96,16 +105,18 @@ class View(struct.Value):
     v_zero: Array | None = None
     k_decode: Decode | None = struct.static(default=None)
     v_decode: Decode | None = struct.static(default=None)
+    causal: bool = struct.static(default=True)
 
 
-def visible(query: Array, key: Array, window: int | None, sinks: int) -> Array:
+def visible(query: Array, key: Array, window: int | None, sinks: int, causal: bool = True) -> Array:
     """Whether a query sees a key, by arithmetic on int32 positions that broadcast against each other.
 
-    Written as `query - key < window`: `key + window` would overflow on an empty slot.
+    Written as `query - key < window`: `key + window` would overflow on an empty slot. Without `causal` a window reaches
+    both ways.
     """
-    seen = key <= query
+    seen = key <= query if causal else key != EMPTY
     if window is not None:
-        near = query - key < window
+        near = (query - key if causal else jnp.abs(query - key)) < window
         seen &= (near | (key < sinks)) if sinks else near
     return seen
 
@@ -120,6 +131,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     rotate: Callable[[Array, Array], Array] | None = None,
+    bias: Bias | None = None,
 ) -> Array:
     """Softmax attention of new queries over one or several views, joined inside the softmax.
 
@@ -132,6 +144,7 @@ def attention(
         window: the model's own window; a view's window narrows it further.
         softcap: bound c on scaled scores, as tanh(s / c) · c, before masking (Gemma 2, 2408.00118); None is none.
         rotate: turns `q` to positions `[B, S]`; None leaves it.
+        bias: added to scaled scores, from the positions of queries and keys: `[H, ...]` for positions `[...]`.
 
     Returns:
         `[B, S, H, D]` in the dtype of `q`, D the width of the values.
@@ -140,7 +153,7 @@ def attention(
     1805.02867; Hydragen, Juravsky et al. 2024, 2402.05099).
     """
     b, s, h, d = q.shape
-    rule = _Rule(d**-0.5 if scale is None else scale, window, softcap, rotate)
+    rule = _Rule(d**-0.5 if scale is None else scale, window, softcap, rotate, bias)
     run = functools.partial(_attend, kv_heads=kv_heads, rule=rule)
     if s <= BLOCK or sum(_slots(view) for view in views) <= BLOCKWISE_ABOVE:
         return run(q, positions, views)
@@ -174,6 +187,7 @@ class _Rule(NamedTuple):
     window: int | None
     softcap: float | None
     rotate: Callable[[Array, Array], Array] | None
+    bias: Bias | None
 
 
 @jax.named_scope("scores")
@@ -233,11 +247,12 @@ def _partial(
         scores = scores * k_scale[..., None, :].astype(precise)
     if lift is not None:
         scores = scores + queries(lift[..., None])
+    shape = (rows, k, share, g, s)
+    if rule.bias is not None:
+        scores = scores + _biased(positions, view, rule.bias, shape).astype(precise).reshape(scores.shape)
     if rule.softcap is not None:
         scores = softcapped(scores, rule.softcap)
-    scores = jnp.where(
-        _mask(positions, view, rule.window, (rows, k, share, g, s)).reshape(scores.shape), scores, MASKED
-    )
+    scores = jnp.where(_mask(positions, view, rule.window, shape).reshape(scores.shape), scores, MASKED)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1)
@@ -280,16 +295,30 @@ def _turned(keys: Array, positions: Array, rows: int, rotate: Callable[[Array, A
 def _mask(positions: Array, view: View, window: int | None, shape: tuple[int, ...]) -> Array:
     """What each query sees, `[R, K, share, G, S, T]`."""
     rows, k, share, g, s = shape
-    t = view.k.shape[-2]
+    query, slots = _places(positions, view, shape)
     windows = [w for w in (window, view.window) if w is not None]
-    query = jnp.broadcast_to(positions, (rows * share, s)).reshape(rows, 1, share, 1, s, 1)
-    # positions has one row for all, one per row of the view, or one per row of the batch
-    slots = view.positions
-    slots = slots.reshape((rows, 1, share, 1, 1, t) if slots.shape[0] == rows * share else (-1, 1, 1, 1, 1, t))
-    seen = visible(query, slots, min(windows, default=None), view.sinks)
+    seen = visible(query, slots, min(windows, default=None), view.sinks, view.causal)  # [R, share, S, T]
     if view.visible is not None:
-        seen &= view.visible.reshape(rows, 1, share, 1, s, t)
-    return jnp.broadcast_to(seen, (rows, k, share, g, s, t))
+        seen &= view.visible.reshape(rows, share, s, -1)
+    return jnp.broadcast_to(seen[:, None, :, None], (rows, k, share, g, s, seen.shape[-1]))
+
+
+def _biased(positions: Array, view: View, bias: Bias, shape: tuple[int, ...]) -> Array:
+    """What is added to each score, `[R, K, share, G, S, T]`."""
+    rows, k, share, g, s = shape
+    at = positions if view.query_positions is None else view.query_positions
+    added = bias(*_places(at, view, shape))  # [H, R, share, S, T]; heads are K-major
+    added = jnp.broadcast_to(added, (k * g, rows, share, s, added.shape[-1]))
+    return added.reshape(k, g, *added.shape[1:]).transpose(2, 0, 3, 1, 4, 5)
+
+
+def _places(positions: Array, view: View, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Positions of queries, `[R, share, S, 1]`, and of slots, which have one row for all, one per row of the view, or
+    one per row of the batch: `[R or 1, share or 1, 1, T]`."""
+    rows, _, share, _, s = shape
+    slots, t = view.positions, view.k.shape[-2]
+    query = jnp.broadcast_to(positions, (rows * share, s)).reshape(rows, share, s, 1)
+    return query, slots.reshape((rows, share, 1, t) if slots.shape[0] == rows * share else (-1, 1, 1, t))
 
 
 def _contract(a: Array, b: Array, a_axis: int, b_axis: int, batch: int, precise: jnp.dtype) -> Array:

@@ -1,14 +1,19 @@
-"""Where a token stands: rotary embedding with its scalings, and learned tables."""
+"""Where a token stands: rotary embedding with its scalings, tables that are added, and biases on scores."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.types import Array, DType, Params
+
+Bias = Callable[[Array, Array], Array]
+"""`(query positions, key positions)`, int32 that broadcast to `[...]`, to what is added to scores, `[H, ...]`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +93,35 @@ class YarnScaling:
 Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
+class Positions:
+    """How a model tells where a token stands; what a kind of positions does not do stands here."""
+
+    rotates = False
+    """Whether queries and keys are turned."""
+
+    def shapes(self, width: int, heads: int) -> dict[str, tuple[int, ...]]:
+        """Of its parameters, for a stream of width M and H query heads."""
+        return {}
+
+    def embed(self, params: Params, x: Array, positions: Array) -> Array:
+        """Token embeddings `x[B, S, M]` at `positions[B, S]` with what is added to them."""
+        return x
+
+    def tables(self, positions: Array, head_dim: int, dtype: DType) -> Any:
+        """What `rotate` needs for `positions[B, S]`, made once for all layers."""
+        return None
+
+    def rotate(self, x: Array, tables: Any) -> Array:
+        """`x[B, S, heads, D]` turned by `tables`."""
+        return x
+
+    def bias(self, params: Params) -> Bias | None:
+        """What is added to the scaled scores of self-attention, or None."""
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
-class Rope:
+class Rope(Positions):
     """Rotary position embedding, halves rotated against each other (Su et al. 2021, 2104.09864; GPT-NeoX layout).
 
     Args:
@@ -101,15 +133,6 @@ class Rope:
     scaling: Scaling | None = None
 
     rotates = True
-    """Queries and keys are turned."""
-
-    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """No parameters."""
-        return {}
-
-    def embed(self, params: Params, x: Array, positions: Array) -> Array:
-        """Token embeddings pass unchanged."""
-        return x
 
     def tables(self, positions: Array, head_dim: int, dtype: DType) -> tuple[Array, Array]:
         """Cosines and sines `[B, S, 1, D/2]` at `positions[B, S]`, in at least float32."""
@@ -129,7 +152,7 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learned:
+class Learned(Positions):
     """A learned vector per position, added to the token embedding (GPT-2).
 
     Args:
@@ -138,10 +161,7 @@ class Learned:
 
     size: int
 
-    rotates = False
-    """Queries and keys stay as they are projected."""
-
-    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, width: int, heads: int) -> dict[str, tuple[int, ...]]:
         """One table `[size, M]`."""
         return {"table": (self.size, width)}
 
@@ -149,15 +169,83 @@ class Learned:
         """Adds `table[positions]`; positions past the table belong to dropped tokens and read its last row."""
         return x + jnp.take(params["table"], positions, axis=0, mode="clip").astype(x.dtype)
 
-    def tables(self, positions: Array, head_dim: int, dtype: DType) -> None:
-        """Nothing rotates."""
-        return None
 
-    def rotate(self, x: Array, tables: None) -> Array:
-        """`x` unchanged."""
-        return x
+@dataclasses.dataclass(frozen=True)
+class Sinusoidal(Positions):
+    """Fixed sines and cosines of the position, added to the token embedding (Vaswani et al. 2017, 1706.03762).
+
+    Args:
+        theta: base of the geometric series of wave lengths.
+        interleaved: sine and cosine of a wave stand side by side, as in the paper; if not, all sines stand before all
+            cosines (Marian).
+    """
+
+    theta: float = 10_000.0
+    interleaved: bool = True
+
+    def embed(self, params: Params, x: Array, positions: Array) -> Array:
+        """Adds the waves at `positions[B, S]`, computed in at least float32."""
+        m, dtype = x.shape[-1], jnp.promote_types(jnp.float32, x.dtype)
+        frequencies = self.theta ** (-np.arange(0, m, 2, dtype=np.float64) / m)
+        angles = positions[:, :, None].astype(dtype) * jnp.asarray(frequencies, dtype)[None, None, :]
+        waves = [jnp.sin(angles), jnp.cos(angles)]  # [B, S, M/2] each
+        both = jnp.stack(waves, axis=-1) if self.interleaved else jnp.concatenate(waves, axis=-1)
+        return x + both.reshape(x.shape[0], x.shape[1], -1)[..., :m].astype(x.dtype)
 
 
-Positions = Rope | Learned
+@dataclasses.dataclass(frozen=True)
+class Relative(Positions):
+    """A learned number per head and bucket of distances, added to scores; one table for all layers of a stack (T5,
+    Raffel et al. 2020, 1910.10683).
 
-__all__ = ["Rope", "Learned", "LinearScaling", "Llama3Scaling", "YarnScaling", "Scaling", "Positions"]
+    Half of the buckets of a direction hold one distance each, the others grow geometrically up to `max_distance`.
+
+    Args:
+        buckets: rows of the table.
+        max_distance: distances from here on share the last bucket.
+        bidirectional: half of the buckets are for keys behind the query and half for those ahead (encoders); if not,
+            all are for keys behind it.
+    """
+
+    buckets: int = 32
+    max_distance: int = 128
+    bidirectional: bool = False
+
+    def shapes(self, width: int, heads: int) -> dict[str, tuple[int, ...]]:
+        """One table `[buckets, H]`."""
+        return {"table": (self.buckets, heads)}
+
+    def bias(self, params: Params) -> Bias:
+        """See `Positions`."""
+        far = self.max_distance
+        numbers = jnp.take(params["table"].T, self._bucket(np.arange(-far, far + 1)), axis=1)  # [H, 2 far + 1]
+
+        def bias(query: Array, key: Array) -> Array:
+            return jnp.take(numbers, jnp.clip(key - query, -far, far) + far, axis=1)
+
+        return bias
+
+    def _bucket(self, ahead: np.ndarray) -> np.ndarray:
+        """Buckets of `key - query`; in float32, as the models were trained."""
+        count = self.buckets // 2 if self.bidirectional else self.buckets
+        side = np.where(ahead > 0, count, 0) if self.bidirectional else 0
+        distance = np.abs(ahead) if self.bidirectional else np.maximum(-ahead, 0)
+        exact = count // 2
+        ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+        steps = ratio / np.float32(math.log(self.max_distance / exact)) * np.float32(count - exact)
+        far = np.minimum(exact + steps.astype(np.int32), count - 1)
+        return (side + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+__all__ = [
+    "Positions",
+    "Bias",
+    "Rope",
+    "Learned",
+    "Sinusoidal",
+    "Relative",
+    "LinearScaling",
+    "Llama3Scaling",
+    "YarnScaling",
+    "Scaling",
+]

@@ -13,9 +13,10 @@ import numpy as np
 
 from kvjax import caches, sampling
 from kvjax.caches.base import Cache
+from kvjax.caching import init_cache
 from kvjax.config import Config
 from kvjax.loops.decode import prefill, step
-from kvjax.model import Model, decoder, init_cache
+from kvjax.model import Model, decoder
 from kvjax.ops.attention import EMPTY
 from kvjax.params import init_params
 from kvjax.types import Array

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import caches
+from kvjax.caching import init_cache
 from kvjax.errors import InputError
 from kvjax.loops.decode import bucket, prefill, step
-from kvjax.model import Model, forward, init_cache
+from kvjax.model import Model, forward
 from kvjax.testing.algorithms import Algorithm, cuts_of, fed_in_chunks, greedy, sampled
 from kvjax.types import Array
 

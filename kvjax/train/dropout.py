@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from kvjax.caches.base import OpenCache
 from kvjax.config import Config
 from kvjax.layers import Rotation, feed_forward, joined, normed, self_attention
-from kvjax.model import Model, decoder_head, embed, final_norm
+from kvjax.model import Model
+from kvjax.transformer import decoder_head, embed, final_norm
 from kvjax.types import Array, Params
 
 
@@ -45,7 +46,7 @@ def _apply(params: Params, config: Config, cache: OpenCache, tokens: Array, vali
         return jnp.where(bits >= threshold, x * scale, 0.0)
 
     x = drop(embed(params, config, tokens, cache.positions), 0)  # [B, S, M]
-    rotations = Rotation.of_layers(config, cache.positions, x.dtype)
+    rotations = Rotation.of_layers(params, config, cache.positions, x.dtype)
     for layer in range(config.num_layers):
         p = params["layers"][str(layer)]
         y, cache = self_attention(p, config, x, cache, layer, rotations[layer])
