@@ -22,6 +22,7 @@ from kvjax.costs.clock import (
     step_seconds,
 )
 from kvjax.costs.counted import count_flops
+from kvjax.costs.example import TEXTBOOK, Line, textbook
 from kvjax.costs.memory import (
     Stored,
     container_nbytes,
@@ -52,7 +53,6 @@ from kvjax.costs.source import (
     source_nbytes,
     source_slots,
 )
-from kvjax.costs.example import TEXTBOOK, Line, textbook
 from kvjax.costs.work import (
     Flops,
     absorbed_flops,

@@ -53,9 +53,7 @@ def cross_nbytes(
     return config.num_layers * rows * kv_nbytes(config, source, store, values) + source_nbytes(rows)
 
 
-def encoder_output_nbytes(
-    config: Config, *, source: int, rows: int = 1, store: DType | Stored = jnp.float32
-) -> int:
+def encoder_output_nbytes(config: Config, *, source: int, rows: int = 1, store: DType | Stored = jnp.float32) -> int:
     """Bytes of the encoder's output, once for all layers: E · S · R · bytes per element, lengths and flags.
 
     Args:
@@ -113,9 +111,7 @@ def projecting_flops(config: Config, *, source: int, rows: int = 1) -> Flops:
     return again * (config.num_layers * rows * source)
 
 
-def cross_reprojected_flops(
-    config: Config, *, source: int, rows: int = 1, batch: int = 1, queries: int = 1
-) -> Flops:
+def cross_reprojected_flops(config: Config, *, source: int, rows: int = 1, batch: int = 1, queries: int = 1) -> Flops:
     """Cross-attention of one call that projects the sources again (`caches.encoder_output()`); a compiler may take
     that out of a loop."""
     again = projecting_flops(config, source=source, rows=rows)
