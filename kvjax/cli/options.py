@@ -66,12 +66,15 @@ Reads config.json and the headers of the weights, not the weights. Bytes are of 
 COMPARE = """examples:
   kvjax compare
   kvjax compare --no-rotation                   absorption too, on a random model of the same shape
+  kvjax compare --encoder                       what is kept of a source, on a random model
   kvjax compare ./stories260K --batch 8 --context 400 --tokens 64
   kvjax compare --json > figures.json
 
 Keeps of a text nothing, keys and values, each layer's input (keys and values made again, or
 absorbed), the outputs of all layers, or both: bytes and FLOPs predicted and found, time of a
 decoded token, of going back, exchanging rows, editing and resuming, and whether the tokens are equal.
+Of a model with an encoder also its output, projected once, absorbed or projected again, the outputs
+of all sub-layers, and the textbook's example with the figures that are often said of it.
 """
 
 
@@ -137,7 +140,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=_whole(1), default=2, metavar="B", help="rows (default 2)")
     add("--edit", type=_whole(1), default=8, metavar="K", help="tokens that an edit goes back (default 8)")
     add("--rounds", type=_whole(1), default=5, metavar="R", help="of timing, in turn (default 5)")
-    add("--no-rotation", action="store_true", help="a random model of this shape with learned positions")
+    add("--source", type=_whole(1), metavar="S", help="tokens of a source, with an encoder (default: as the context)")
+    add("--sources", type=_whole(1), metavar="R", help="sources that the rows share evenly (default: one a row)")
+    like = compare.add_mutually_exclusive_group()
+    like.add_argument("--no-rotation", action="store_true", help="a random model of this shape, learned positions")
+    like.add_argument("--encoder", action="store_true", help="the same with an encoder of this shape")
     _dtype(compare)
     output = compare.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object")
