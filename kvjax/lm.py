@@ -53,17 +53,18 @@ class LM:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; see `Tokenizer.encode`."""
-        return self._text().encode(text)
-
-    def encode_target(self, text: str) -> list[int]:
-        """Ids of how a target begins; see `Tokenizer.encode_target`."""
-        return self._text().encode_target(text)
+        return self.text_tokenizer().encode(text)
 
     def decode(self, ids: Any) -> str:
         """Text of ids; see `Tokenizer.decode`."""
-        return self._text().decode(ids)
+        return self.text_tokenizer().decode(ids)
 
-    def _text(self) -> Tokenizer:
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InputError: there is none.
+        """
         if self.tokenizer is None:
             raise InputError(f"model {self.name!r} has no tokenizer.json: give token ids instead of text")
         return self.tokenizer

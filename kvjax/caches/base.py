@@ -22,27 +22,25 @@ from kvjax.caches.contract import (
     filled_positions,
     views_of,
 )
+from kvjax.caches.flags import (
+    CAPACITY,
+    COUNT,
+    MEANING,
+    NAN,
+    NO_SOURCE,
+    PAGES,
+    POSITIONS,
+    PREFIX,
+    REWIND,
+    ROWS,
+    TOKEN,
+    meaning,
+)
 from kvjax.caches.opened import SOURCE, OpenCache
 from kvjax.checks import is_concrete, whole
 from kvjax.errors import CacheError
 from kvjax.ops.attention import EMPTY
 from kvjax.types import Array
-
-CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX, COUNT, NO_SOURCE = (1 << i for i in range(10))
-"""Bits of `Cache.flags`."""
-
-MEANING = {
-    CAPACITY: "tokens past the capacity were dropped",
-    POSITIONS: "tokens past the model's last position were dropped",
-    PAGES: "the page pool was exhausted",
-    NAN: "the model gave NaN logits",
-    TOKEN: "a token id was outside the vocabulary",
-    REWIND: "it was rewound further than its kind keeps",
-    ROWS: "it was taken from a row outside the batch",
-    PREFIX: "it was joined with rows that go on from another prefix",
-    COUNT: "it was given a number of tokens below 0 or above the columns",
-    NO_SOURCE: "its source is empty, was refused, or holds what the cache cannot keep",
-}
 
 
 @struct.node
@@ -192,7 +190,7 @@ class Cache(struct.Value):
         if is_concrete(refused):
             for row in np.flatnonzero(refused).tolist():
                 why = "needs a page of its own" if int(refused[row]) & PAGES else "goes into what other rows share"
-                raise CacheError(f"rewind: row {row} to length {int(target[row])} {why}: {_meaning(int(refused[row]))}")
+                raise CacheError(f"rewind: row {row} to length {int(target[row])} {why}: {meaning(int(refused[row]))}")
         target = jnp.where(refused != 0, self.lengths, target)
         return self.replace(
             layers=tuple(node.rewind(target, self.shared, shared) for node in self.layers),
@@ -251,12 +249,15 @@ class Cache(struct.Value):
             CacheError: another plan, or a row of the other is longer than this cache's capacity.
         """
         other = other if other.capacity == self.capacity else other.resize(self.capacity)
-        made: list[Any] = [jax.tree.structure(cache) for cache in (self, other)]
+        pairs = {name: entry.alike(other.shared.get(name)) for name, entry in self.shared.items()}
+        entries = {name: pair[0] for name, pair in pairs.items()}
+        other = other.replace(shared=other.shared | {name: pair[1] for name, pair in pairs.items()})
+        made: list[Any] = [jax.tree.structure(cache) for cache in (self.replace(shared=entries), other)]
         if made[0] != made[1]:
             raise CacheError("join: the other cache was made by another plan, or for another model")
         after = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
         both = after(self.flags, other.flags)
-        shared, flags = ask(self.shared, lambda entry, more: entry.join(more), both, other.shared)
+        shared, flags = ask(entries, lambda entry, more: entry.join(more), both, other.shared)
         return self.replace(
             layers=tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
             shared=shared,
@@ -352,13 +353,9 @@ class Cache(struct.Value):
         """
         flags, lengths = np.asarray(self.flags), np.asarray(self.lengths)
         for row in np.flatnonzero(flags):
-            what = _meaning(flags[row])
+            what = meaning(flags[row])
             raise CacheError(f"row {row}, length {lengths[row]}, capacity {self.capacity}: {what}")
         return self
-
-
-def _meaning(flags: Any) -> str:
-    return "; ".join(text for bit, text in MEANING.items() if flags & bit)
 
 
 def ask(
