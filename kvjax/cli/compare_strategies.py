@@ -141,7 +141,8 @@ def _heading(about: dict[str, Any], made: Comparison) -> list[str]:
         read = f"; {of.rows} source{'s' * (of.rows > 1)} of {of.tokens} tokens in {of.slots} slots"
     return [
         f"{about['model']}, {about['dtype']}: {rows}, {made.context} tokens and {made.new} new ones{read}",
-        f"times: medians of {rounds} rounds in turn; tokens in one loop, a step in a call of its own; an edit goes back {made.edited} tokens and feeds others, "
+        f"times: medians of {rounds} rounds in turn; tokens in one loop, a step in a call of its own; "
+        f"an edit goes back {made.edited} tokens and feeds others, "
         f"resuming runs as many again from layer {made.config.num_layers // 2} on",
         f"{about['device']}, {about['cores']} cores, load {about['load']}; jax {about['jax']}, "
         f"Python {about['python']}, kvjax {about['kvjax']}; {about['day']}",
