@@ -11,6 +11,7 @@ from kvjax.caching import cache_nbytes, encode, init_cache
 from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
+from kvjax.loops.beam import Beams, beam, beam_search
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.host import Generated, generate
 from kvjax.loops.resume import resume
@@ -29,6 +30,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Beams",
     "Cache",
     "CacheError",
     "CheckpointError",
@@ -42,6 +44,8 @@ __all__ = [
     "cross_attend",
     "encode",
     "Source",
+    "beam",
+    "beam_search",
     "cache_nbytes",
     "caches",
     "codecs",

@@ -35,6 +35,8 @@ class LM:
         name: for people.
         eos_ids: tokens that end a text, possibly none.
         bos_id: the token that begins one, or None.
+        start_ids: what every target begins with, for a model with an encoder: its start token, then the forced first
+            token if there is one (`decoder_start_token_id`, `forced_bos_token_id`).
     """
 
     model: Model
@@ -42,6 +44,7 @@ class LM:
     name: str = ""
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    start_ids: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.model.params)
@@ -50,13 +53,18 @@ class LM:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; see `Tokenizer.encode`."""
-        return self._text().encode(text)
+        return self.text_tokenizer().encode(text)
 
     def decode(self, ids: Any) -> str:
         """Text of ids; see `Tokenizer.decode`."""
-        return self._text().decode(ids)
+        return self.text_tokenizer().decode(ids)
 
-    def _text(self) -> Tokenizer:
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InputError: there is none.
+        """
         if self.tokenizer is None:
             raise InputError(f"model {self.name!r} has no tokenizer.json: give token ids instead of text")
         return self.tokenizer
@@ -88,14 +96,14 @@ def load(
     with Tensors(folder) as tensors:
         leaves = plan(family, config, tensors)
         params = convert(leaves, tensors, default_dtype(leaves, tensors) if dtype is None else dtype)
-    bos, eos = _ends(folder, hf)
+    bos, eos, start = _ends(folder, hf)
     tokenizer = load_tokenizer(folder, bos_id=bos, vocab_size=config.vocab_size)
     if tokenizer is not None:
         values = read_json_if_there(folder / "tokenizer_config.json")
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    return LM(decoder(config, params), tokenizer, name, eos, bos)
+    return LM(decoder(config, params), tokenizer, name, eos, bos, start if hf.get("is_encoder_decoder") else ())
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
@@ -147,11 +155,14 @@ def default_dtype(leaves: list[Leaf], tensors: Tensors) -> np.dtype[Any]:
     return own if own in (jnp.float16, jnp.bfloat16) else jnp.dtype(jnp.float32)
 
 
-def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
     generation = read_json_if_there(folder / "generation_config.json")
-    bos = _ids(generation, "bos_token_id", folder) or _ids(hf, "bos_token_id", folder)
-    eos = _ids(generation, "eos_token_id", folder) or _ids(hf, "eos_token_id", folder)
-    return (bos[0] if bos else None), eos
+
+    def ids(key: str) -> tuple[int, ...]:
+        return _ids(generation, key, folder) or _ids(hf, key, folder)
+
+    bos, start = ids("bos_token_id")[:1], ids("decoder_start_token_id")[:1]
+    return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + ids("forced_bos_token_id")[:1]
 
 
 def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:

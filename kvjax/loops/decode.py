@@ -36,8 +36,8 @@ def _prefill(model: Model, cache: Cache, tokens: Array, valid: Array) -> tuple[A
     return logits[:, 0], cache
 
 
-def _flag_nan(cache: Cache, logits: Array) -> Cache:
-    # Nothing can be sampled from these.
+def flag_nan(cache: Cache, logits: Array) -> Cache:
+    """Rows whose logits are NaN are flagged: nothing can be chosen from these."""
     return cache.replace(flags=cache.flags | jnp.where(jnp.any(jnp.isnan(logits), axis=1), NAN, 0).astype(jnp.int32))
 
 
@@ -52,7 +52,7 @@ def _decode(
     model: Model, cache: Cache, logits: Array, sampler: Any, seeds: Array, steps: int
 ) -> tuple[Array, Array, Cache]:
     keys = sampling.row_keys(seeds)
-    cache = _flag_nan(cache, logits)
+    cache = flag_nan(cache, logits)
 
     def one(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], Array]:
         logits, cache = carry
@@ -90,7 +90,7 @@ def _decode_until(
     # limits [B] are absolute lengths; stops [n] are ids, -1 for none; at most `chunks` scans of `chunk` steps
     keys = sampling.row_keys(seeds)
     room = state.cache.capacity
-    state = state.replace(cache=_flag_nan(state.cache, state.logits))
+    state = state.replace(cache=flag_nan(state.cache, state.logits))
 
     def one(state: Progress, _: None) -> tuple[Progress, None]:
         cache = state.cache
@@ -213,7 +213,7 @@ def decode(
     Raises:
         InputError: shapes are wrong.
     """
-    _check_logits("decode", cache, logits)
+    check_logits("decode", cache, logits)
     if steps < 1:
         raise InputError(f"decode: steps must be at least 1, not {steps}")
     chosen = sampling.checked(sampler)
@@ -253,7 +253,7 @@ def decode_until(
     Raises:
         InputError: shapes or dtypes are wrong.
     """
-    _check_logits("decode_until", cache, logits)
+    check_logits("decode_until", cache, logits)
     if chunk < 1:
         raise InputError(f"decode_until: chunk must be at least 1, not {chunk}")
     budget = jnp.asarray(whole("decode_until: max_new_tokens", max_new_tokens, ((), (cache.batch,))))
@@ -289,7 +289,8 @@ def seeds_of(seed: Any, batch: int) -> Array:
     return np.broadcast_to(values.astype(np.uint32), (batch,))  # type: ignore[return-value]
 
 
-def _check_logits(name: str, cache: Cache, logits: Array) -> None:
+def check_logits(name: str, cache: Cache, logits: Array) -> None:
+    """Raises InputError unless logits are `[B, V]`, of the cache's batch."""
     if logits.ndim != 2 or logits.shape[0] != cache.batch:
         raise InputError(f"{name}: logits {list(logits.shape)} must be [B, V] for a batch of {cache.batch}")
 

@@ -13,11 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import sampling
-from kvjax.caches.base import Cache
+from kvjax.caches.base import SOURCE, Cache
+from kvjax.caches.cross import Source
+from kvjax.caching import encode as encoded
 from kvjax.caching import init_cache
+from kvjax.config import Config
 from kvjax.errors import InputError
 from kvjax.lm import LM
 from kvjax.loops import decode as loop
+from kvjax.loops.algorithms import Algorithm, Candidate, Draw, UnderWay
+from kvjax.loops.prompts import BUDGET, beyond, encode, fed, limits_of, model_of, padded, targets_of
 from kvjax.model import Model
 from kvjax.timing import Compilations
 from kvjax.types import Array
@@ -25,8 +30,8 @@ from kvjax.types import Array
 CAPACITY = 256
 """The smallest capacity of a generated cache, in tokens; it grows by doubling."""
 
-BUDGET = 128
-"""New tokens of a row for which no budget is given, at most."""
+TARGET_CAPACITY = 64
+"""The same for targets, which begin with little and are rarely long."""
 
 AHEAD = 64
 """Tokens of room beyond the prompt that the first capacity has at least."""
@@ -68,6 +73,8 @@ class Generated:
         sampler: used.
         stop_ids: used.
         timings: of this call.
+        candidates: of an algorithm that ranks several answers, each row's, best first; `text` and `tokens` are the
+            first. None of others.
     """
 
     text: list[str] | None
@@ -81,6 +88,14 @@ class Generated:
     sampler: Any
     stop_ids: tuple[int, ...]
     timings: Timings
+    candidates: list[list[Candidate]] | None = None
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """`[B]` float64 on the host, of each row's best candidate; None where nothing is ranked."""
+        if self.candidates is None:
+            return None
+        return np.asarray([row[0].score if row else -np.inf for row in self.candidates])
 
 
 def generate(
@@ -94,8 +109,12 @@ def generate(
     plan: Any = None,
     stop_ids: Sequence[int] | None = None,
     prefix: Cache | None = None,
+    algorithm: Algorithm | None = None,
+    target: Any = None,
+    cross: Any = None,
 ) -> Generated:
-    """Continues prompts until an end-of-sequence token or a budget.
+    """Continues prompts until an end-of-sequence token or a budget. With an encoder, prompts are source texts, and what
+    is made is a target for each.
 
     Compiles two programs for a prompt bucket and a capacity; other prompts, seeds, samplers' numbers, stop ids and
     budgets compile none.
@@ -105,21 +124,25 @@ def generate(
         prompts: a str, a list of str, or a list of lists of ids; rows may differ in length.
         after: what an earlier call gave, instead of prompts: goes on as one longer call would have, and leaves it
             usable. Seeds, sampler and stop ids are its own unless given.
-        max_new_tokens: int, or one a row; 0 gives nothing new. None is 128, or what the model's positions leave a row
-            if that is less.
+        max_new_tokens: int, or one a row; 0 gives nothing new. None is 128, or twice the source if that is more, or
+            what the model's positions leave a row if that is less.
         sampler: see `kvjax.sampling`; None is greedy.
         seed: int, or one a row; the same seed samples the same alone and in any row.
         plan: kind of cache; None is `caches.default`.
         stop_ids: tokens that end a row, themselves included in what is emitted; None is those of `lm`.
         prefix: a cache of one row whose text every prompt begins with. Only what follows is fed, and the prefix is
             kept once for all rows; it stays usable. The result is the same without it.
+        algorithm: how tokens are chosen, such as `kvjax.beam(4)`; None draws them with `sampler`.
+        target: what targets begin with, after the model's start token: text or ids, one for all or a list with one a
+            row. It is the prompt of the result, and not among the new tokens.
+        cross: what is kept of the sources, `caches.cross()` or `caches.encoder_output()`; None is `caches.cross()`.
 
     Returns:
         Texts, tokens, and a cache to go on from.
 
     Raises:
-        InputError: a prompt is empty, has ids outside the vocabulary or does not go on from `prefix`, or budgets pass
-            the model's positions.
+        InputError: a prompt is empty, has ids outside the vocabulary or does not go on from `prefix`, a source passes
+            the encoder's positions, or budgets the model's.
         CacheError: a row was flagged, for example because of NaN logits.
     """
     run = Run.start(
@@ -132,6 +155,9 @@ def generate(
         plan=plan,
         stop_ids=stop_ids,
         prefix=prefix,
+        algorithm=algorithm,
+        target=target,
+        cross=cross,
     )
     for run in run.chunks(loop.ALL):
         pass
@@ -143,12 +169,12 @@ class Run:
     """A generation under way. `chunks` gives it again after every so many steps; `result` ends it."""
 
     lm: LM | Model
-    state: loop.Progress
+    state: UnderWay
     prompts: list[list[int]]
-    limits: np.ndarray
     sampler: Any
     seeds: np.ndarray
     stop_ids: tuple[int, ...]
+    stopped: np.ndarray
     timings: Timings
 
     @classmethod
@@ -164,69 +190,78 @@ class Run:
         plan: Any,
         stop_ids: Sequence[int] | None,
         prefix: Cache | None = None,
+        algorithm: Algorithm | None = None,
+        target: Any = None,
+        cross: Any = None,
     ) -> Run:
         """Encodes and prefills, or takes up an earlier result."""
         if (prompts is None) == (after is None):
             raise InputError("generate: give either prompts or after")
-        if after is not None and not (plan is None and prefix is None):
-            raise InputError("generate: after has a cache already; plan and prefix go with prompts")
+        if after is not None and any(x is not None for x in (plan, prefix, target, cross)):
+            raise InputError("generate: after has a cache already; plan, prefix, target and cross go with prompts")
+        if algorithm is not None and not (sampler is None and seed is None):
+            raise InputError("generate: sampler and seed are for drawing tokens; an algorithm chooses them itself")
         model = model_of(lm)
-        if after is not None and len(after.cache.layers) != len(model.layer_shapes()):
-            here, there = len(model.layer_shapes()), len(after.cache.layers)
-            raise InputError(f"generate: after has a cache of {there} layers, the model has {here}")
+        if model.encode is None and not (target is None and cross is None):
+            raise InputError("generate: target and cross are for models with an encoder, and this one has none")
+        if model.encode is not None and prefix is not None:
+            raise InputError(
+                "generate: prefix is for models without an encoder; give what targets begin with as target"
+            )
         plan = tuple(plan) if isinstance(plan, list) else plan
+        forced, usual = 0, np.asarray(BUDGET)
+        sources: list[list[int]] | None = None
         if after is None:
-            ids = _encode(lm, prompts)
+            ids = encode(lm, prompts)
+            if model.encode is not None:
+                sources, ids = ids, targets_of(lm, target, len(ids))
+                usual = np.maximum(usual, [2 * len(row) for row in sources])
+                forced = max(len(getattr(lm, "start_ids", ())) - 1, 0) if target is None else 0
             sampler = sampling.checked(sampler)
             stops = tuple(getattr(lm, "eos_ids", ()) if stop_ids is None else stop_ids)
             seeds = np.asarray(loop.seeds_of(0 if seed is None else seed, len(ids)))
         else:
-            ids = _fed(after.cache)
+            _check_after(model, after)
+            ids = fed(after.cache)
             sampler = after.sampler if sampler is None else sampler
             stops = after.stop_ids if stop_ids is None else tuple(stop_ids)
             seeds = after.seeds if seed is None else np.asarray(loop.seeds_of(seed, len(ids)))
-        limits = _limits(model, ids, max_new_tokens)
+        limits = limits_of(model, ids, max_new_tokens, usual)
+        starts = np.asarray([len(row) - forced for row in ids], np.int32)
+        stopped = np.zeros(len(ids), bool) if after is None else _ended(ids, after, stops)
+        chosen = Draw(sampler, seeds) if algorithm is None else algorithm
         began = time.perf_counter()
         with Compilations() as made:
             if after is None:
-                state = _prefilled(model, ids, plan, prefix)
+                source = None if sources is None else encoded(model, *padded(sources))
+                progress = _prefilled(model, ids, plan, prefix, source, cross)
             else:
-                last = np.asarray([row[-1] for row in ids])
-                emitted = (np.asarray(after.lengths) > 0) | (np.asarray(after.stop) == "eos")  # not of the prompt
-                stopped = np.isin(last, stops) & emitted
                 # The loop donates what it is given; the caller keeps its own.
                 cache, logits = _copy((after.cache, after.logits))
-                state = loop.Progress(cache, logits, stopped, np.int32(0))  # type: ignore[arg-type]
-            jax.block_until_ready(state)
-        state.cache.check()
+                progress = loop.Progress(cache, logits, stopped, np.int32(0))  # type: ignore[arg-type]
+            jax.block_until_ready(progress)
+            progress.cache.check()
+            state = chosen.begin(progress, starts, limits)
         spent = time.perf_counter() - began - made.seconds
         timings = Timings(compile=made.seconds, prefill=max(spent, 0.0), programs=made.count)
-        return cls(lm, state, ids, limits, sampler, seeds, stops, timings)
+        return cls(lm, state, ids, sampler, seeds, stops, stopped, timings)
 
     def chunks(self, chunks: int) -> Iterator[Run]:
         """Goes on, `chunks` times 16 steps between two looks, until all rows are done. Earlier runs are used up."""
         run = self
         model = model_of(self.lm)
         stops = loop.padded_stops(self.stop_ids)
-        while True:
-            lengths = np.asarray(run.state.cache.lengths)
-            wants = ~np.asarray(run.state.stopped) & (lengths < run.limits)
-            if not wants.any():
-                return
+        lengths, wants, capacity = run.state.look()
+        while wants.any():
             began = time.perf_counter()
             with Compilations() as made:
                 state = run.state
-                if (wants & (lengths >= state.cache.capacity)).any():
-                    grown = _grow(state.cache, capacity=2 * state.cache.capacity)
-                    state = state.replace(cache=grown)
-                state = loop.DONATING.until(
-                    model, state, run.sampler, run.seeds, stops, run.limits, np.int32(chunks), chunk=loop.CHUNK
-                )
-                jax.block_until_ready(state)
-            state.cache.check()
+                if (wants & (lengths >= capacity)).any():
+                    state = state.grow(2 * capacity)
+                state = state.advance(model, stops, chunks)
+                lengths, wants, capacity = state.look()
             old = run.timings
-            longest = int((np.asarray(state.cache.lengths) - lengths).max())
-            wasted = int(state.wasted)
+            steps, wasted = state.count()
             run = dataclasses.replace(
                 run,
                 state=state,
@@ -235,7 +270,7 @@ class Run:
                     prefill=old.prefill,
                     decode=old.decode + max(time.perf_counter() - began - made.seconds, 0.0),
                     programs=old.programs + made.count,
-                    steps=old.steps + longest + wasted - old.wasted,
+                    steps=steps,
                     wasted=wasted,
                 ),
             )
@@ -243,7 +278,7 @@ class Run:
 
     def new(self) -> list[list[int]]:
         """Ids emitted so far, of each row."""
-        return [row[len(prompt) :] for row, prompt in zip(_fed(self.state.cache), self.prompts, strict=True)]
+        return [row[len(prompt) :] for row, prompt in zip(self.state.texts(), self.prompts, strict=True)]
 
     def result(self) -> Generated:
         """What there is now, as `generate` returns it."""
@@ -252,64 +287,78 @@ class Run:
         tokens = np.full((len(new), int(np.max(lengths, initial=0))), -1, np.int32)
         for row, ids in enumerate(new):
             tokens[row, : len(ids)] = ids
-        tokenizer = getattr(self.lm, "tokenizer", None)
-        text = None
-        if tokenizer is not None:
-            text = [tokenizer.continuation(prompt, ids) for prompt, ids in zip(self.prompts, new, strict=True)]
-        stopped = np.asarray(self.state.stopped)
+        cache, logits, ranked = self.state.end(model_of(self.lm))
+        candidates = None
+        if ranked is not None:
+            candidates = [
+                [self._answer(row, text[len(prompt) :], score) for text, score in texts]
+                for row, (prompt, texts) in enumerate(zip(self.prompts, ranked, strict=True))
+            ]
+        answers = [self._answer(row, ids) for row, ids in enumerate(new)]
+        texts = [answer.text for answer in answers if answer.text is not None]
         return Generated(
-            text=text,
+            text=texts or None,
             tokens=tokens,
             lengths=lengths,
-            stop=["eos" if row else "length" for row in stopped],
-            cache=self.state.cache,
-            logits=self.state.logits,
+            stop=[answer.stop for answer in answers],
+            cache=cache,
+            logits=logits,
             prompts=self.prompts,
             seeds=self.seeds,
             sampler=self.sampler,
             stop_ids=self.stop_ids,
             timings=self.timings,
+            candidates=candidates,
         )
 
+    def _answer(self, row: int, new: list[int], score: float = 0.0) -> Candidate:
+        tokenizer = getattr(self.lm, "tokenizer", None)
+        text = None if tokenizer is None else tokenizer.continuation(self.prompts[row], new)
+        ended = self.stopped[row] or (len(new) > 0 and new[-1] in self.stop_ids)
+        return Candidate(text, new, score, "eos" if ended else "length")
 
-def model_of(lm: LM | Model) -> Model:
-    """The pytree of a language model, or the model itself."""
-    return lm.model if isinstance(lm, LM) else lm
 
-
-def _prefilled(model: Model, ids: list[list[int]], plan: Any, prefix: Cache | None) -> loop.Progress:
+def _prefilled(
+    model: Model, ids: list[list[int]], plan: Any, prefix: Cache | None, source: Source | None, cross: Any
+) -> loop.Progress:
     longest = max(len(row) for row in ids)
     if prefix is not None:
-        ids, prefix = _beyond(ids, prefix)
-    lengths = np.asarray([len(row) for row in ids], np.int32)
-    tokens = np.zeros((len(ids), loop.bucket(int(np.max(lengths)))), np.int32)
-    for row, values in enumerate(ids):
-        tokens[row, : len(values)] = values
-    capacity = loop.bucket(longest + AHEAD, CAPACITY)
-    cache, logits, stopped, wasted = _begin(model, tokens, lengths, prefix, plan=plan, capacity=capacity)
-    return loop.Progress(cache, logits, stopped, wasted)
+        ids, prefix = beyond(ids, prefix)
+    tokens, lengths = padded(ids)
+    least = CAPACITY if source is None else TARGET_CAPACITY
+    capacity = loop.bucket(longest + (AHEAD if source is None else loop.CHUNK), least)
+    return loop.Progress(*_begin(model, tokens, lengths, prefix, source, plan=plan, cross=cross, capacity=capacity))
 
 
-def _beyond(ids: list[list[int]], prefix: Cache) -> tuple[list[list[int]], Cache]:
-    """What each row feeds after a prefix, and the prefix without slots that it does not need."""
-    begin = _fed(prefix.check())[0]
-    for row, values in enumerate(ids):
-        if values[: len(begin)] != begin or len(values) == len(begin):
-            same = int(np.argmin([a == b for a, b in zip(values, begin, strict=False)] + [False]))
-            raise InputError(
-                f"generate: prompt {row} has {len(values)} tokens and goes with the prefix for {same}; it must begin "
-                f"with all {len(begin)} and have one more"
-            )
-    # A caller's cache of any size compiles what one that is just long enough does.
-    return [values[len(begin) :] for values in ids], prefix.resize(len(begin)) if begin else prefix
+def _check_after(model: Model, after: Generated) -> None:
+    if isinstance(model.config, Config) and len(after.cache.layers) != model.config.num_layers:
+        here, there = model.config.num_layers, len(after.cache.layers)
+        raise InputError(f"generate: after has a cache of {there} layers, the model has {here}")
+    if (SOURCE in after.cache.shared) != (model.encode is not None):
+        raise InputError("generate: of the model and the cache of after, only one has a source")
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "capacity"))
+def _ended(ids: list[list[int]], after: Generated, stops: tuple[int, ...]) -> np.ndarray:
+    last = np.asarray([row[-1] for row in ids])
+    emitted = (np.asarray(after.lengths) > 0) | (np.asarray(after.stop) == "eos")  # not of the prompt
+    return np.isin(last, stops) & emitted
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "cross", "capacity"))
 def _begin(
-    model: Model, tokens: Array, lengths: Array, prefix: Cache | None, *, plan: Any, capacity: int
+    model: Model,
+    tokens: Array,
+    lengths: Array,
+    prefix: Cache | None,
+    source: Source | None,
+    *,
+    plan: Any,
+    cross: Any,
+    capacity: int,
 ) -> tuple[Any, ...]:
     # One program: an empty cache made outside would cost a compilation for each kind of buffer.
-    cache = init_cache(model, plan, batch=tokens.shape[0], capacity=capacity, prefix=prefix)
+    rows = tokens.shape[0]
+    cache = init_cache(model, plan, batch=rows, capacity=capacity, prefix=prefix, source=source, cross=cross)
     logits, cache = loop.prefill(model, cache, tokens, lengths)
     return cache, logits, jnp.zeros(lengths.shape, bool), jnp.zeros((), jnp.int32)
 
@@ -319,57 +368,4 @@ def _copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def _grow(cache: Cache, *, capacity: int) -> Cache:
-    return cache.resize(capacity)
-
-
-def _fed(cache: Cache) -> list[list[int]]:
-    tokens, lengths = np.asarray(cache.tokens), np.asarray(cache.lengths)
-    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-
-
-def _limits(model: Model, ids: list[list[int]], max_new_tokens: Any) -> np.ndarray:
-    lengths = np.asarray([len(row) for row in ids], np.int64)
-    if max_new_tokens is None:
-        room = BUDGET if model.max_positions is None else np.maximum(model.max_positions - lengths, 0)
-        max_new_tokens = np.minimum(BUDGET, room)
-    budget = np.asarray(max_new_tokens)
-    if budget.shape not in ((), (len(ids),)) or not np.issubdtype(budget.dtype, np.integer) or (budget < 0).any():
-        raise InputError(f"generate: max_new_tokens {max_new_tokens!r} must be 0 or more, one or {len(ids)} numbers")
-    limits = lengths + np.minimum(budget, np.iinfo(np.int32).max).astype(np.int64)
-    if model.max_positions is not None and (limits > model.max_positions).any():
-        row = int(np.argmax(limits))
-        more = int(limits[row]) - len(ids[row])
-        raise InputError(
-            f"generate: row {row} has {len(ids[row])} tokens, and max_new_tokens {more} more pass the model's "
-            f"{model.max_positions} positions"
-        )
-    return np.minimum(limits, np.iinfo(np.int32).max).astype(np.int32)
-
-
-def _encode(lm: LM | Model, prompts: Any) -> list[list[int]]:
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    rows = []
-    vocab = getattr(model_of(lm).config, "vocab_size", None)
-    for row, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if not isinstance(lm, LM):
-                raise InputError(f"generate: prompt {row} is text, but a bare Model has no tokenizer; give ids")
-            prompt = lm.encode(prompt)
-        ids = np.asarray(prompt)
-        if ids.size == 0:
-            raise InputError(f"generate: prompt {row} is empty; give at least one id")
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"generate: prompt {row} must be text or a list of ids, not {ids.dtype}{list(ids.shape)}")
-        if ids.min() < 0 or (vocab is not None and ids.max() >= vocab):
-            bad = int(ids.min() if ids.min() < 0 else ids.max())
-            raise InputError(f"generate: prompt {row} has id {bad}, the vocabulary has {vocab} ids")
-        rows.append(ids.astype(np.int64).tolist())
-    if not rows:
-        raise InputError("generate: prompts is empty")
-    return rows
-
-
-__all__ = ["generate", "Generated", "Timings", "Run", "model_of"]
+__all__ = ["generate", "Generated", "Timings", "Run"]

@@ -1,0 +1,134 @@
+"""How `generate` chooses tokens: what an algorithm is, and the one that draws a token at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from kvjax.loops import decode as loop
+from kvjax.loops.prompts import fed
+from kvjax.model import Model
+from kvjax.types import Array
+
+
+class Candidate(NamedTuple):
+    """One of several answers to a prompt.
+
+    Args:
+        text: of the new tokens; None without a tokenizer.
+        tokens: the new tokens.
+        score: what the algorithm ranks by; larger is better.
+        stop: "eos" or "length".
+    """
+
+    text: str | None
+    tokens: list[int]
+    score: float
+    stop: str
+
+
+class UnderWay(Protocol):
+    """A generation between two looks of the host."""
+
+    def look(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Tokens of each row `[B]`, which rows want more `[B]` bool, and the capacity; raises what was flagged."""
+
+    def grow(self, capacity: int) -> Any:
+        """The same with room for more. Uses itself up."""
+
+    def advance(self, model: Model, stops: np.ndarray, chunks: int) -> Any:
+        """At most `chunks` chunks further, or until all rows are done or one has no room. Uses itself up."""
+
+    def count(self) -> tuple[int, int]:
+        """Steps so far, and of these the ones that no row needed."""
+
+    def texts(self) -> list[list[int]]:
+        """Ids of each row so far, prompts included."""
+
+    def end(self, model: Model) -> tuple[Any, Array, list[list[tuple[list[int], float]]] | None]:
+        """The cache of `texts()` and the logits after them; of each row several texts with scores, or None."""
+
+
+class Algorithm(Protocol):
+    """What `generate(algorithm=…)` takes: immutable, and hashable."""
+
+    def begin(self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray) -> UnderWay:
+        """From prefilled prompts.
+
+        Args:
+            progress: with the prompts fed.
+            starts: `[B]`, tokens of each row that were given: the prompt, without what the model forces on every text.
+            limits: `[B]`, tokens that each row may have, prompt included.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """One token after the other, by a sampler: what `generate` does without an algorithm.
+
+    Args:
+        sampler: see `kvjax.sampling`.
+        seeds: `[B]` uint32.
+    """
+
+    sampler: Any
+    seeds: np.ndarray
+
+    def begin(self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray) -> Drawing:
+        """See `Algorithm`."""
+        return Drawing(progress, np.asarray(progress.cache.lengths), limits, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """See `UnderWay`."""
+
+    progress: loop.Progress
+    starts: np.ndarray
+    limits: np.ndarray
+    draw: Draw
+
+    def look(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """See `UnderWay`."""
+        cache = self.progress.cache.check()
+        lengths = np.asarray(cache.lengths)
+        return lengths, ~np.asarray(self.progress.stopped) & (lengths < self.limits), cache.capacity
+
+    def grow(self, capacity: int) -> Drawing:
+        """See `UnderWay`."""
+        grown = resized(self.progress.cache, capacity=capacity)
+        return dataclasses.replace(self, progress=self.progress.replace(cache=grown))
+
+    def advance(self, model: Model, stops: np.ndarray, chunks: int) -> Drawing:
+        """See `UnderWay`."""
+        draw, count = self.draw, np.int32(chunks)
+        progress = loop.DONATING.until(
+            model, self.progress, draw.sampler, draw.seeds, stops, self.limits, count, chunk=loop.CHUNK
+        )
+        return dataclasses.replace(self, progress=progress)
+
+    def count(self) -> tuple[int, int]:
+        """See `UnderWay`."""
+        wasted = int(self.progress.wasted)  # a row goes on at every step until it is done
+        return int((np.asarray(self.progress.cache.lengths) - self.starts).max()) + wasted, wasted
+
+    def texts(self) -> list[list[int]]:
+        """See `UnderWay`."""
+        return fed(self.progress.cache)
+
+    def end(self, model: Model) -> tuple[Any, Array, None]:
+        """See `UnderWay`."""
+        return self.progress.cache, self.progress.logits, None
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def resized(cache: Any, *, capacity: int) -> Any:
+    """What has a `resize`, with room for `capacity` tokens a row; one program."""
+    return cache.resize(capacity)
+
+
+__all__ = ["Candidate", "UnderWay", "Algorithm", "Draw", "Drawing", "resized"]
