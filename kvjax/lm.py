@@ -37,6 +37,7 @@ class LM:
         bos_id: the token that begins one, or None.
         start_ids: what every target begins with, for a model with an encoder: its start token, then the forced first
             token if there is one (`decoder_start_token_id`, `forced_bos_token_id`).
+        never_ids: tokens that are never chosen, for example the padding of translation models (`bad_words_ids`).
     """
 
     model: Model
@@ -45,6 +46,7 @@ class LM:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     start_ids: tuple[int, ...] = ()
+    never_ids: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.model.params)
@@ -103,7 +105,8 @@ def load(
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    return LM(decoder(config, params), tokenizer, name, eos, bos, start if hf.get("is_encoder_decoder") else ())
+    start = start if hf.get("is_encoder_decoder") else ()
+    return LM(decoder(config, params), tokenizer, name, eos, bos, start, _never(folder, hf))
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
@@ -163,6 +166,15 @@ def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]
 
     bos, start = ids("bos_token_id")[:1], ids("decoder_start_token_id")[:1]
     return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + ids("forced_bos_token_id")[:1]
+
+
+def _never(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
+    """Single tokens among `bad_words_ids`: what Marian's padding needs; sequences of several are not looked for."""
+    values = read_json_if_there(folder / "generation_config.json")
+    words = values.get("bad_words_ids") or hf.get("bad_words_ids") or []
+    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
+        raise CheckpointError(f"{folder}: bad_words_ids must be a list of lists of ids, not {show(words)}")
+    return tuple(i for word in words if len(word) == 1 for i in _ids({"bad_words_ids": word}, "bad_words_ids", folder))
 
 
 def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:
