@@ -381,7 +381,8 @@ def facts_of(case: Case) -> Facts:
         window=any(window is not None for window in windows),
         narrows=any(view.window is not None and (own is None or view.window < own) for view, own in seen),
         turned=any(turned) and isinstance(case.config.positions, Rope),
-        moves=bool(cache.shared.keys() - {SOURCE}) or bool(moved(cache.layers, jax.ShapeDtypeStruct((BATCH,), jnp.int32)).jaxpr.eqns),
+        moves=bool(cache.shared.keys() - {SOURCE})
+        or bool(moved(cache.layers, jax.ShapeDtypeStruct((BATCH,), jnp.int32)).jaxpr.eqns),
         shares=any(out not in given.jaxpr.invars for out in given.jaxpr.outvars),
         floats=all(jnp.issubdtype(view.k.dtype, jnp.floating) for view, _ in seen),
         sources=0 if source is None else source.lengths.shape[0],

@@ -65,7 +65,9 @@ def source_stays(case: Case) -> None:
     rows = {name: len(_entry(after).lengths) for name, after in same.items()}
     expect(set(rows.values()) == {BATCH // case.share}, f"rows of the source: {rows}")
     taken = cache.take([2, 2, 0])
-    expect(len(_entry(taken).lengths) == BATCH and not set(_where(taken)) & set(_where(cache)), "take leaves the source")
+    expect(
+        len(_entry(taken).lengths) == BATCH and not set(_where(taken)) & set(_where(cache)), "take leaves the source"
+    )
 
 
 def refused_source(case: Case) -> None:
