@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from kvjax.errors import CheckpointError, InputError
 from kvjax.model import Model, decoder
 from kvjax.text import Tokenizer, load_tokenizer, special_id
 from kvjax.types import DType
+
+NEVER = -3e4  # a logit that float16 can hold and that no other comes near
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -73,7 +76,7 @@ class LM:
 def load(
     source: str | os.PathLike[str], *, dtype: DType | None = None, strict: bool = False, revision: str | None = None
 ) -> LM:
-    """Loads a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json.
+    """Loads a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json or SentencePiece models.
 
     Args:
         source: a bundled name; a path, if it has a separator or begins with "."; else a hub id.
@@ -97,13 +100,22 @@ def load(
         leaves = plan(family, config, tensors)
         params = convert(leaves, tensors, default_dtype(leaves, tensors) if dtype is None else dtype)
     bos, eos, start = _ends(folder, hf)
+    if config.encoder is None:
+        start = ()
+    if wrong := [i for i in start if i >= config.vocab_size]:
+        raise CheckpointError(
+            f"{folder}: decoder_start_token_id or forced_bos_token_id is {wrong[0]}, the vocabulary has "
+            f"{config.vocab_size} ids"
+        )
+    if config.head_bias and (never := _never(folder, hf, config.vocab_size)):
+        params["head"]["bias"] = params["head"]["bias"].at[jnp.array(never)].set(NEVER)
     tokenizer = load_tokenizer(folder, bos_id=bos, vocab_size=config.vocab_size)
     if tokenizer is not None:
         values = read_json_if_there(folder / "tokenizer_config.json")
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    return LM(decoder(config, params), tokenizer, name, eos, bos, start if hf.get("is_encoder_decoder") else ())
+    return LM(decoder(config, params), tokenizer, name, eos, bos, start)
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
@@ -162,7 +174,22 @@ def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]
         return _ids(generation, key, folder) or _ids(hf, key, folder)
 
     bos, start = ids("bos_token_id")[:1], ids("decoder_start_token_id")[:1]
-    return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + ids("forced_bos_token_id")[:1]
+    forced = ids("forced_bos_token_id")[:1] or (bos if hf.get("force_bos_token_to_be_generated") is True else ())
+    return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + forced
+
+
+def _never(folder: Path, hf: dict[str, Any], vocab: int) -> list[int]:
+    """The ids that `bad_words_ids` keeps from being written; what it says of several in a row is not computed."""
+    value = read_json_if_there(folder / "generation_config.json").get("bad_words_ids") or hf.get("bad_words_ids") or []
+    words = value if isinstance(value, list) else [value]
+    for word in words:
+        if not isinstance(word, list) or any(type(i) is not int or not 0 <= i < vocab for i in word):
+            raise CheckpointError(f"{folder}: bad_words_ids must be lists of ids below {vocab}, not {show(word)}")
+    if several := [word for word in words if len(word) != 1]:
+        warnings.warn(
+            f"{folder}: bad_words_ids {several[0]} may be written: only single ids are kept out", stacklevel=3
+        )
+    return [word[0] for word in words if len(word) == 1]
 
 
 def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:
