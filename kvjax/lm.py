@@ -75,7 +75,7 @@ class LM:
 def load(
     source: str | os.PathLike[str], *, dtype: DType | None = None, strict: bool = False, revision: str | None = None
 ) -> LM:
-    """Loads a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json.
+    """Loads a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json or SentencePiece models.
 
     Args:
         source: a bundled name; a path, if it has a separator or begins with "."; else a hub id.
@@ -105,7 +105,7 @@ def load(
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    start = start if hf.get("is_encoder_decoder") else ()
+    start = start if config.encoder is not None else ()
     return LM(decoder(config, params), tokenizer, name, eos, bos, start, _never(folder, hf))
 
 
@@ -165,7 +165,8 @@ def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]
         return _ids(generation, key, folder) or _ids(hf, key, folder)
 
     bos, start = ids("bos_token_id")[:1], ids("decoder_start_token_id")[:1]
-    return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + ids("forced_bos_token_id")[:1]
+    forced = ids("forced_bos_token_id")[:1] or (bos if hf.get("force_bos_token_to_be_generated") is True else ())
+    return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + forced
 
 
 def _never(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
