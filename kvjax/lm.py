@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,21 @@ def load(
         leaves = plan(family, config, tensors)
         params = convert(leaves, tensors, default_dtype(leaves, tensors) if dtype is None else dtype)
     bos, eos, start = _ends(folder, hf)
+    if config.encoder is None:
+        start = ()
+    if wrong := [i for i in start if i >= config.vocab_size]:
+        raise CheckpointError(
+            f"{folder}: decoder_start_token_id or forced_bos_token_id is {wrong[0]}, the vocabulary has "
+            f"{config.vocab_size} ids"
+        )
+    never = _never(folder, hf, config.vocab_size)
     tokenizer = load_tokenizer(folder, bos_id=bos, vocab_size=config.vocab_size)
     if tokenizer is not None:
         values = read_json_if_there(folder / "tokenizer_config.json")
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    start = start if config.encoder is not None else ()
-    return LM(decoder(config, params), tokenizer, name, eos, bos, start, _never(folder, hf))
+    return LM(decoder(config, params), tokenizer, name, eos, bos, start, never)
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
@@ -169,13 +177,18 @@ def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]
     return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + forced
 
 
-def _never(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
-    """Single tokens among `bad_words_ids`: what Marian's padding needs; sequences of several are not looked for."""
-    values = read_json_if_there(folder / "generation_config.json")
-    words = values.get("bad_words_ids") or hf.get("bad_words_ids") or []
-    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
-        raise CheckpointError(f"{folder}: bad_words_ids must be a list of lists of ids, not {show(words)}")
-    return tuple(i for word in words if len(word) == 1 for i in _ids({"bad_words_ids": word}, "bad_words_ids", folder))
+def _never(folder: Path, hf: dict[str, Any], vocab: int) -> tuple[int, ...]:
+    """The ids that `bad_words_ids` keeps from being written; what it says of several in a row is not computed."""
+    value = read_json_if_there(folder / "generation_config.json").get("bad_words_ids") or hf.get("bad_words_ids") or []
+    words = value if isinstance(value, list) else [value]
+    for word in words:
+        if not isinstance(word, list) or any(type(i) is not int or not 0 <= i < vocab for i in word):
+            raise CheckpointError(f"{folder}: bad_words_ids must be lists of ids below {vocab}, not {show(word)}")
+    if several := [word for word in words if len(word) != 1]:
+        warnings.warn(
+            f"{folder}: bad_words_ids {several[0]} may be written: only single ids are kept out", stacklevel=3
+        )
+    return tuple(word[0] for word in words if len(word) == 1)
 
 
 def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:
