@@ -25,8 +25,6 @@ from kvjax.model import Model, decoder
 from kvjax.text import Tokenizer, load_tokenizer, special_id
 from kvjax.types import DType
 
-NEVER = -3e4  # a logit that float16 can hold and that no other comes near
-
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LM:
@@ -40,6 +38,7 @@ class LM:
         bos_id: the token that begins one, or None.
         start_ids: what every target begins with, for a model with an encoder: its start token, then the forced first
             token if there is one (`decoder_start_token_id`, `forced_bos_token_id`).
+        never_ids: tokens that are never chosen, for example the padding of translation models (`bad_words_ids`).
     """
 
     model: Model
@@ -48,6 +47,7 @@ class LM:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     start_ids: tuple[int, ...] = ()
+    never_ids: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.model.params)
@@ -107,15 +107,16 @@ def load(
             f"{folder}: decoder_start_token_id or forced_bos_token_id is {wrong[0]}, the vocabulary has "
             f"{config.vocab_size} ids"
         )
-    if config.head_bias and (never := _never(folder, hf, config.vocab_size)):
-        params["head"]["bias"] = params["head"]["bias"].at[jnp.array(never)].set(NEVER)
+    never = _never(folder, hf)
+    if wrong := [i for i in never if i >= config.vocab_size]:
+        raise CheckpointError(f"{folder}: bad_words_ids has {wrong[0]}, the vocabulary has {config.vocab_size} ids")
     tokenizer = load_tokenizer(folder, bos_id=bos, vocab_size=config.vocab_size)
     if tokenizer is not None:
         values = read_json_if_there(folder / "tokenizer_config.json")
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    return LM(decoder(config, params), tokenizer, name, eos, bos, start)
+    return LM(decoder(config, params), tokenizer, name, eos, bos, start, never)
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
@@ -178,18 +179,16 @@ def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]
     return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + forced
 
 
-def _never(folder: Path, hf: dict[str, Any], vocab: int) -> list[int]:
-    """The ids that `bad_words_ids` keeps from being written; what it says of several in a row is not computed."""
-    value = read_json_if_there(folder / "generation_config.json").get("bad_words_ids") or hf.get("bad_words_ids") or []
-    words = value if isinstance(value, list) else [value]
-    for word in words:
-        if not isinstance(word, list) or any(type(i) is not int or not 0 <= i < vocab for i in word):
-            raise CheckpointError(f"{folder}: bad_words_ids must be lists of ids below {vocab}, not {show(word)}")
+def _never(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
+    """Single tokens among `bad_words_ids`: what Marian's padding needs. Of sequences of several it warns."""
+    values = read_json_if_there(folder / "generation_config.json")
+    words = values.get("bad_words_ids") or hf.get("bad_words_ids") or []
+    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
+        raise CheckpointError(f"{folder}: bad_words_ids must be a list of lists of ids, not {show(words)}")
     if several := [word for word in words if len(word) != 1]:
-        warnings.warn(
-            f"{folder}: bad_words_ids {several[0]} may be written: only single ids are kept out", stacklevel=3
-        )
-    return [word[0] for word in words if len(word) == 1]
+        text = show(several[0])
+        warnings.warn(f"{folder}: bad_words_ids {text} may be written: only single ids are kept out", stacklevel=3)
+    return tuple(i for word in words if len(word) == 1 for i in _ids({"bad_words_ids": word}, "bad_words_ids", folder))
 
 
 def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:
