@@ -35,9 +35,9 @@ LOOP = """## What a compiler takes out of a loop
 
 `python benchmarks/cross_attention.py` decodes {steps} tokens from a source of {source} positions with a model of
 {layers} + {layers} layers and width {width}: one call of `kvjax.donating.step` a token, and all in one
-`kvjax.donating.decode`. Projected again with every call, the source's keys and values do not change in the loop: the last
-columns count the products that make them inside the compiled loop and outside of it. Times are medians of {rounds} rounds
-in turn, and the machine was busy: only ratios within one table mean something.
+`kvjax.donating.decode`. Projected again with every call, the source's keys and values do not change in the loop: the
+last columns count the products that make them inside the compiled loop and outside of it. Times are medians of
+{rounds} rounds in turn, and the machine was busy: only ratios within one table mean something.
 """
 
 
