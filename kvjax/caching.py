@@ -53,7 +53,7 @@ def encode(model: Model, tokens: Any, valid: Any = None) -> Source:
             if limit is not None and n > limit:
                 raise InputError(f"encode: row {row} has {n} tokens, the encoder has {limit} positions")
     if is_concrete(tokens):
-        room = bucket(s) if limit is None else max(s, min(bucket(s), limit))
+        room = bucket(s, most=limit)
         tokens = np.pad(np.asarray(tokens), ((0, 0), (0, room - s)))
     return _encode(model, tokens.astype(jnp.int32), valid)
 

@@ -68,12 +68,12 @@ BUCKET = 16
 """The smallest bucket of prompts and sources, in tokens; each next one is twice as long."""
 
 
-def bucket(length: int, least: int = BUCKET) -> int:
-    """The smallest of least, 2 least, 4 least, … that holds `length` tokens."""
+def bucket(length: int, least: int = BUCKET, most: int | None = None) -> int:
+    """The smallest of least, 2 least, 4 least, … that holds `length` tokens; no more than `most`, unless they are."""
     size = least
     while size < length:
         size *= 2
-    return size
+    return size if most is None else max(length, min(size, most))
 
 
 __all__ = ["whole", "either", "is_concrete", "bucket", "BUCKET", "MOST"]

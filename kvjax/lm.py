@@ -53,13 +53,18 @@ class LM:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; see `Tokenizer.encode`."""
-        return self._text().encode(text)
+        return self.text_tokenizer().encode(text)
 
     def decode(self, ids: Any) -> str:
         """Text of ids; see `Tokenizer.decode`."""
-        return self._text().decode(ids)
+        return self.text_tokenizer().decode(ids)
 
-    def _text(self) -> Tokenizer:
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InputError: there is none.
+        """
         if self.tokenizer is None:
             raise InputError(f"model {self.name!r} has no tokenizer.json: give token ids instead of text")
         return self.tokenizer

@@ -70,6 +70,10 @@ class Tokenizer:
                 del ids[0]
         return ids
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text without what begins or ends texts: of a piece that goes on from what is there."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens.
 

@@ -7,9 +7,11 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import naive
 import numpy as np
 import pytest
 from models import ONE_LAYER_WINDOWED, WINDOW, prompt_ids, tiny
+from naive import log_probabilities
 
 import kvjax
 from kvjax import CacheError, InputError, caches, codecs
@@ -30,15 +32,6 @@ INT8 = caches.dense(store=codecs.int8())
 def search(prompts=PROMPTS, penalty=1.0, early=False, width=WIDTH, model=MODEL, **options):
     beam = kvjax.beam(width, length_penalty=penalty, early_stopping=early, returned=width)
     return kvjax.generate(model, prompts, algorithm=beam, **({"max_new_tokens": BUDGETS, "plan": RING} | options))
-
-
-def log_probabilities(logits):
-    logits = np.asarray(logits, np.float64)
-    return (
-        logits
-        - logits.max(-1, keepdims=True)
-        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))[..., None]
-    )
 
 
 # ---------------------------------------------------------------- every text
@@ -96,24 +89,7 @@ def with_int8(text):
 
 
 def plain(prompt, budget, penalty, early, stops, score=recomputed):
-    """Finished texts with scores, best first, and how often a beam went on from another place."""
-    running, finished, crossed = [(0.0, tuple(prompt))], [], 0
-    for n in range(1, budget + 1):
-        every = []
-        for place, (total, text) in enumerate(running):
-            every += [(total + s, place, (*text, i)) for i, s in enumerate(score(text))]
-        every.sort(key=lambda x: -x[0])
-        for total, _, text in every[:WIDTH]:
-            if text[-1] in stops or n == budget:
-                finished.append((total / n**penalty, text))
-        finished = sorted(finished, key=lambda x: -x[0])[:WIDTH]
-        chosen = [x for x in every if x[2][-1] not in stops][:WIDTH]
-        crossed += [place for _, place, _ in chosen] != list(range(len(running)))
-        running = [(total, text) for total, _, text in chosen]
-        full = len(finished) == WIDTH
-        if full and (early or running[0][0] / n**penalty <= finished[-1][0]):
-            break
-    return [(list(text[len(prompt) :]), s) for s, text in finished], crossed
+    return naive.beam_search(prompt, budget, WIDTH, score, penalty=penalty, early=early, stops=stops)
 
 
 def agrees(out, score=recomputed, penalty=1.0, early=False, stops=STOPS, atol=1e-4):

@@ -165,7 +165,7 @@ def test_mistakes_are_errors_before_anything_runs(forty):
         ({"prompts": ["text"]}, "bare Model has no tokenizer"),
         ({"prompts": None}, "either prompts or after"),
         ({"after": forty}, "either prompts or after"),
-        ({"prompts": None, "after": forty, "plan": PLAN}, "plan and prefix go with prompts"),
+        ({"prompts": None, "after": forty, "plan": PLAN}, "plan, prefix, target and cross go with prompts"),
         ({"max_new_tokens": -1}, "max_new_tokens -1"),
         ({"max_new_tokens": [1, 2]}, "max_new_tokens"),
         ({"max_new_tokens": 2.5}, "max_new_tokens"),

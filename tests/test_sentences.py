@@ -29,6 +29,7 @@ TEXTBOOK = Config(
     gated=False,
     positions=Learned(4096),
 )
+TRANSLATOR = dataclasses.replace(TEXTBOOK, encoder=TEXTBOOK)
 LLAMA_3_8B = Config(128_256, 32, 4096, query_heads=32, kv_heads=8, head_dim=128, ffn_width=14_336, tied=False)
 
 
@@ -37,7 +38,8 @@ def kv(batch=BATCH, positions=POSITIONS, itemsize=4):
     container = costs.container_nbytes(batch, positions)
     store = {2: jnp.bfloat16, 4: jnp.float32}[itemsize]
     own = costs.dense_nbytes(TEXTBOOK, batch=batch, capacity=positions, store=store) - container
-    return own + costs.cross_nbytes(LAYERS, 8, 64, positions, batch, itemsize)
+    cross = costs.cross_nbytes(TRANSLATOR, source=positions, rows=batch, store=store)
+    return own + cross - costs.source_nbytes(batch)
 
 
 def outputs(itemsize=4):
@@ -82,8 +84,10 @@ def test_everything_is_not_three_layer_outputs_but_five_or_seven_widths_a_positi
 
 
 def test_an_absorbed_encoder_output_is_twice_the_layers_less_than_cross_attention_kv():
-    cross = costs.cross_nbytes(LAYERS, 8, 64, POSITIONS, BATCH)
-    assert cross == 2 * LAYERS * costs.encoder_output_nbytes(D, POSITIONS, BATCH)
+    shape, beside = {"source": POSITIONS, "rows": BATCH}, costs.source_nbytes(BATCH)
+    cross = costs.cross_nbytes(TRANSLATOR, **shape) - beside
+    assert cross == 2 * LAYERS * (costs.encoder_output_nbytes(TRANSLATOR, **shape) - beside)
+    assert costs.cross_ratio(TRANSLATOR) == 2 * LAYERS
 
 
 def test_layer_inputs_are_half_of_kv_with_full_heads_and_twice_kv_in_llama_3_8b():
@@ -134,7 +138,8 @@ def test_one_decoded_token_is_24_d_squared_and_4_t_d_a_layer_not_d_squared_alone
         made = costs.layer_flops(TEXTBOOK, t)
         assert made.contractions == 24 * D**2 + 4 * t * D
     assert costs.layer_flops(TEXTBOOK, 6144).contractions == 72 * D**2, "three times that of an empty text"
-    assert costs.cross_layer_flops(D, 50, 70) == 28 * D**2 + 4 * 50 * D + 4 * 70 * D
+    both = costs.layer_flops(TRANSLATOR, 50) + costs.cross_layer_flops(TRANSLATOR, 70)
+    assert both.contractions == 28 * D**2 + 4 * 50 * D + 4 * 70 * D
 
 
 def test_with_cached_kv_attention_is_not_o_1_but_4_t_d():
@@ -150,7 +155,8 @@ def test_the_linear_part_is_the_larger_one_until_t_is_6_d():
     assert at_100.ffn == 16 * D**2 > 10 * at_100.scores, "the feed-forward is not the cheap part"
     # with cross-attention both texts together: t + S = 7 d
     t, s = 3 * D, 4 * D
-    assert 2 * 28 * D**2 == costs.cross_layer_flops(D, t, s)
+    both = costs.layer_flops(TRANSLATOR, t) + costs.cross_layer_flops(TRANSLATOR, s)
+    assert both.contractions - both.scores == both.scores == 28 * D**2
 
 
 def test_a_step_without_a_cache_is_also_t_d_squared_and_that_is_the_largest_term():
@@ -228,6 +234,19 @@ def test_absorption_costs_the_heads_times_the_attention():
     assert absorbed.scores == 8 * kept.scores == LAYERS * 4 * 100 * 8 * D
 
 
+def test_keys_and_values_of_a_source_pay_at_the_second_step_and_absorption_costs_the_heads_times_the_attention():
+    shape = {"source": 100, "rows": BATCH}
+    once = costs.projecting_flops(TRANSLATOR, **shape).contractions
+    assert once == 4 * D**2 * 100 * BATCH * LAYERS
+    kept = costs.cross_flops(TRANSLATOR, source=100, batch=BATCH).contractions
+    again = costs.cross_reprojected_flops(TRANSLATOR, **shape, batch=BATCH).contractions
+    assert [n * again - (once + n * kept) for n in (1, 2, 100)] == [0, once, 99 * once]
+    assert again / kept > 80, "projecting 100 positions where one token is decoded"
+    absorbed = costs.cross_absorbed_flops(TRANSLATOR, source=100)
+    assert absorbed.scores == 8 * costs.cross_flops(TRANSLATOR, source=100).scores == LAYERS * 4 * 100 * 8 * D
+    assert absorbed.projections == LAYERS * (4 + 4) * D**2, "4 d² for the way there and back"
+
+
 def test_time_is_bound_by_bytes_and_no_step_beats_the_least():
     device = {"flops": 200e12, "bandwidth": 1e12}
     for batch in (1, 16, 4096):
@@ -242,6 +261,8 @@ def test_time_is_bound_by_bytes_and_no_step_beats_the_least():
     t = costs.kv_equals_weights_at(D, 4)
     assert t == 6 * D / 4
     assert 4 * t * slot == 12 * D**2 * 4
+    both = costs.both_kv_equal_weights_at(D, 4)
+    assert 4 * both * slot == (4 + 2 + 8) * D**2 * 4, "the query's and the output's map of cross-attention"
     assert costs.attention_intensity(8, 8, 2) == 1
     assert costs.attention_intensity(32, 8, 2) == 4 < 200, "far below the balance of an accelerator"
 

@@ -251,12 +251,15 @@ class Cache(struct.Value):
             CacheError: another plan, or a row of the other is longer than this cache's capacity.
         """
         other = other if other.capacity == self.capacity else other.resize(self.capacity)
-        made: list[Any] = [jax.tree.structure(cache) for cache in (self, other)]
+        pairs = {name: entry.alike(other.shared.get(name)) for name, entry in self.shared.items()}
+        entries = {name: pair[0] for name, pair in pairs.items()}
+        other = other.replace(shared=other.shared | {name: pair[1] for name, pair in pairs.items()})
+        made: list[Any] = [jax.tree.structure(cache) for cache in (self.replace(shared=entries), other)]
         if made[0] != made[1]:
             raise CacheError("join: the other cache was made by another plan, or for another model")
         after = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
         both = after(self.flags, other.flags)
-        shared, flags = ask(self.shared, lambda entry, more: entry.join(more), both, other.shared)
+        shared, flags = ask(entries, lambda entry, more: entry.join(more), both, other.shared)
         return self.replace(
             layers=tuple(a.join(b) for a, b in zip(self.layers, other.layers, strict=True)),
             shared=shared,

@@ -205,8 +205,12 @@ class Shared(struct.Value):
         """Every row `copies` times, one after the other, as `rows` says; what the copies share stays."""
         return self.take(rows)
 
+    def alike(self, other: Any) -> tuple[Any, Any]:
+        """Itself and another entry, of one structure if they can be joined."""
+        return self, other
+
     def join(self, other: Any) -> tuple[Any, Array]:
-        """These rows, then those of another entry made for as many tokens a row."""
+        """These rows, then those of another entry made for as many tokens a row, and alike."""
         raise NotImplementedError
 
 

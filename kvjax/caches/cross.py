@@ -55,6 +55,7 @@ class Cross(Shared):
         slots: S, positions that a source has room for.
         share: rows of the batch that read one source, next to each other; B is R times that.
         kind: the word that made it.
+        width, dtype: E and the dtype of the states that it was made from.
     """
 
     lengths: Array
@@ -62,6 +63,8 @@ class Cross(Shared):
     slots: int = struct.static()
     share: int = struct.static()
     kind: Any = struct.static()
+    width: int = struct.static()
+    dtype: Any = struct.static()
 
     def views(self, layer: int, project: Project) -> tuple[View, ...]:
         """What a layer attends over; `project.kv` and `project.absorb` are of the source's states."""
@@ -100,14 +103,22 @@ class Cross(Shared):
         """See `Shared`. More rows read each source; nothing is copied."""
         return self.replace(share=self.share * copies), jnp.zeros_like(rows)
 
+    def alike(self, other: Any) -> tuple[Any, Any]:
+        """See `Shared`. The shorter buffers grow; where a source has more rows here than there, all get their own."""
+        if not isinstance(other, Cross):
+            return self, other
+        pair, slots = [self, other], max(self.slots, other.slots)
+        for i, x in enumerate(pair):
+            if self.share != other.share:
+                x, _ = x.take(jnp.arange(x.lengths.shape[0] * x.share, dtype=jnp.int32))
+            pair[i] = x._stores(lambda store: store.resize(slots)).replace(slots=slots) if x.slots < slots else x
+        return pair[0], pair[1]
+
     def join(self, other: Any) -> tuple[Any, Array]:
-        """See `Shared`. The shorter buffers grow."""
-        slots = max(self.slots, other.slots)
-        a, b = (x._stores(lambda store: store.resize(slots)) if x.slots < slots else x for x in (self, other))
-        joined = a._stores(lambda store, more: store.join(more), b)
-        lengths, flags = (jnp.concatenate([getattr(x, n) for x in (a, b)]) for n in ("lengths", "flags"))
-        joined = joined.replace(lengths=lengths, flags=flags, slots=slots)
-        return joined, jnp.zeros((lengths.shape[0] * self.share,), jnp.int32)
+        """See `Shared`."""
+        joined = self._stores(lambda store, more: store.join(more), other)
+        lengths, flags = (jnp.concatenate([getattr(x, n) for x in (self, other)]) for n in ("lengths", "flags"))
+        return joined.replace(lengths=lengths, flags=flags), jnp.zeros((lengths.shape[0] * self.share,), jnp.int32)
 
     def _stores(self, f: Callable[..., Any], *others: Any) -> Any:
         """The same with every store replaced by what a function makes of it."""
@@ -140,13 +151,9 @@ class Encoded(Cross):
 
     Args:
         x: a store of one head of width E.
-        width: E.
-        dtype: what the layers compute in.
     """
 
     x: Any = None
-    width: int = struct.static(default=0)
-    dtype: Any = struct.static(default=None)
 
     def views(self, layer: int, project: Project) -> tuple[View, ...]:
         """See `Cross`."""
@@ -201,7 +208,8 @@ class ProjectedKind(CrossKind):
                 k, v = k.write(new_k, slots, places), v.write(new_v, slots, places)
             keys.append(k)
             values.append(v)
-        return Projected(source.lengths, source.flags, size, share, self, tuple(keys), tuple(values))
+        about = (size, share, self, source.states.shape[2], source.states.dtype)
+        return Projected(source.lengths, source.flags, *about, tuple(keys), tuple(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +235,7 @@ class EncodedKind(CrossKind):
             x = jnp.clip(x, -store.reach, store.reach)
             source = source.replace(flags=source.flags | jnp.where(lost, NO_SOURCE, 0).astype(jnp.int32))
         store = store.write(x[:, :, None], slots, places)
-        return Encoded(source.lengths, source.flags, s, share, self, store, width, x.dtype)
+        return Encoded(source.lengths, source.flags, s, share, self, width, x.dtype, store)
 
 
 def cross(*, store: Any = None) -> ProjectedKind:

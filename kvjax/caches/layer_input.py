@@ -154,8 +154,12 @@ class LayerInputKind(Kind):
 
 def one_factor(store: Any) -> bool:
     """Whether what a store keeps is one buffer with at most one factor a slot: what absorbed attention can read."""
-    kept = jax.eval_shape(lambda: store.read(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)))
-    return len(kept) == 1 and (kept[0].scale is None or kept[0].scale.ndim < kept[0].data.ndim)
+
+    def arrays() -> list[tuple[Array, Array | None]]:  # not how they are decoded, which is no array
+        return [(x.data, x.scale) for x in store.read(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32))]
+
+    kept = jax.eval_shape(arrays)
+    return len(kept) == 1 and (kept[0][1] is None or kept[0][1].ndim < kept[0][0].ndim)
 
 
 def _slot_nbytes(kind: Kind, shapes: tuple[LayerShape, ...]) -> int:

@@ -31,6 +31,12 @@ def kv_equals_weights_at(width: int, batch: int) -> float:
     return 6 * width / batch
 
 
+def both_kv_equal_weights_at(width: int, batch: int) -> float:
+    """The same with cross-attention, both texts together: t + S = 7 M / B, where rows share no source. Its map of keys
+    and values is not among the weights that a step reads."""
+    return 7 * width / batch
+
+
 def attention_intensity(query_heads: int, kv_heads: int, itemsize: int) -> float:
     """FLOP per byte of decode attention, 2 · (H / K) / b: far below any balance F / W, so bound by bandwidth."""
     return 2 * (query_heads / kv_heads) / itemsize
@@ -104,6 +110,7 @@ __all__ = [
     "step_seconds",
     "least_step_seconds",
     "kv_equals_weights_at",
+    "both_kv_equal_weights_at",
     "attention_intensity",
     "largest_reprojected_width",
     "largest_absorbed_heads",

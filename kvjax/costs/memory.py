@@ -41,7 +41,7 @@ class Stored:
         return coded + (groups * self.channel + (self.residual + self.group + self.slack) * self.tail) * width
 
 
-def _stored(store: DType | Stored) -> Stored:
+def stored_as(store: DType | Stored) -> Stored:
     return store if isinstance(store, Stored) else Stored(8 * jnp.dtype(store).itemsize)
 
 
@@ -52,12 +52,12 @@ def container_nbytes(batch: int, capacity: int) -> int:
 
 def slot_nbytes(config: Config, store: DType | Stored = jnp.float32) -> int:
     """Bytes of one position's key and value in one layer of one row: 2 · K · D · bytes per element, and scales."""
-    return _kv_nbytes(config, 1, store)
+    return kv_nbytes(config, 1, store)
 
 
-def _kv_nbytes(config: Config, slots: int, store: DType | Stored, values: DType | Stored | None = None) -> int:
+def kv_nbytes(config: Config, slots: int, store: DType | Stored, values: DType | Stored | None = None) -> int:
     """Bytes of the keys and values of one layer of one row."""
-    stores = (_stored(store), _stored(store if values is None else values))
+    stores = (stored_as(store), stored_as(store if values is None else values))
     return config.kv_heads * sum(each.nbytes(slots, config.head_dim) for each in stores)
 
 
@@ -78,7 +78,7 @@ def dense_nbytes(
         store: dtype of a stored element, or a `Stored`.
         values: the same for values where they are stored unlike keys.
     """
-    return config.num_layers * batch * _kv_nbytes(config, capacity, store, values) + container_nbytes(batch, capacity)
+    return config.num_layers * batch * kv_nbytes(config, capacity, store, values) + container_nbytes(batch, capacity)
 
 
 def ring_nbytes(
@@ -102,7 +102,7 @@ def ring_nbytes(
         store: dtype of a stored element, or a `Stored`.
     """
     slots = sinks + window + slack
-    return config.num_layers * batch * _kv_nbytes(config, slots, store) + container_nbytes(batch, capacity)
+    return config.num_layers * batch * kv_nbytes(config, slots, store) + container_nbytes(batch, capacity)
 
 
 def recompute_nbytes(config: Config, *, batch: int, capacity: int) -> int:
@@ -134,7 +134,7 @@ def paged_nbytes(
         other: bytes of bookkeeping that depend on neither.
         store: dtype of a stored element, or a `Stored`.
     """
-    pool = config.num_layers * pages * _kv_nbytes(config, page_size, store)
+    pool = config.num_layers * pages * kv_nbytes(config, page_size, store)
     table = 4 * batch * math.ceil(capacity / page_size)
     return pool + table + 4 * per_page * pages + other + container_nbytes(batch, capacity)
 
@@ -157,7 +157,7 @@ def shared_prefix_nbytes(
         prefix: P, slots of the shared prompt.
         store: dtype of a stored element, or a `Stored`.
     """
-    kv = _kv_nbytes(config, prefix, store) + batch * _kv_nbytes(config, capacity - prefix, store)
+    kv = kv_nbytes(config, prefix, store) + batch * kv_nbytes(config, capacity - prefix, store)
     return config.num_layers * kv + 4 * prefix + 4 + container_nbytes(batch, capacity)
 
 
@@ -173,7 +173,7 @@ def layer_input_nbytes(
         factor: bytes beside each position for its norm's factor, which absorption needs: 4 in float32.
         store: dtype of a stored element, or a `Stored`.
     """
-    stored = _stored(store).nbytes(capacity, config.width) + factor * capacity
+    stored = stored_as(store).nbytes(capacity, config.width) + factor * capacity
     return config.num_layers * batch * stored + container_nbytes(batch, capacity)
 
 
@@ -201,7 +201,7 @@ def trace_nbytes(
         embedding: 1 where the embedding is kept too, once for all layers; else 0.
         store: dtype of a stored element, or a `Stored`.
     """
-    return (sites * config.num_layers + embedding) * batch * _stored(store).nbytes(capacity, config.width)
+    return (sites * config.num_layers + embedding) * batch * stored_as(store).nbytes(capacity, config.width)
 
 
 def output_nbytes(config: Config, *, batch: int, capacity: int, store: DType | Stored = jnp.float32) -> int:
@@ -210,22 +210,16 @@ def output_nbytes(config: Config, *, batch: int, capacity: int, store: DType | S
     return kept + container_nbytes(batch, capacity)
 
 
-def hybrid_nbytes(
-    config: Config, *, batch: int, capacity: int, sites: int = 2, store: DType | Stored = jnp.float32
-) -> int:
-    """Bytes of dense K/V and a trace of `sites` of each layer and the embedding, stored alike."""
+def sites_of(config: Config) -> int:
+    """Sites of each layer: after self-attention and feed-forward, and after cross-attention where there is any."""
+    return 2 if config.encoder is None else 3
+
+
+def hybrid_nbytes(config: Config, *, batch: int, capacity: int, store: DType | Stored = jnp.float32) -> int:
+    """Bytes of dense K/V and a trace of all sites of each layer and the embedding, stored alike."""
+    sites = sites_of(config)
     trace = trace_nbytes(config, batch=batch, capacity=capacity, sites=sites, store=store)
     return dense_nbytes(config, batch=batch, capacity=capacity, store=store) + trace
-
-
-def cross_nbytes(layers: int, kv_heads: int, head_dim: int, source: int, batch: int, itemsize: int = 4) -> int:
-    """Bytes of cross-attention K/V: 2 · L · K · D · S · B · itemsize, S positions of the source."""
-    return 2 * layers * kv_heads * head_dim * source * batch * itemsize
-
-
-def encoder_output_nbytes(width: int, source: int, batch: int, itemsize: int = 4) -> int:
-    """Bytes of the encoder's output instead of cross-attention K/V: S · M · B · itemsize, once for all layers."""
-    return source * width * batch * itemsize
 
 
 def latent_nbytes(layers: int, latent: int, rotary: int, capacity: int, batch: int, itemsize: int = 4) -> int:
@@ -246,8 +240,7 @@ __all__ = [
     "layer_input_ratio",
     "trace_nbytes",
     "output_nbytes",
+    "sites_of",
     "hybrid_nbytes",
-    "cross_nbytes",
-    "encoder_output_nbytes",
     "latent_nbytes",
 ]

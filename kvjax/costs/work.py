@@ -83,23 +83,29 @@ def layer_flops(config: Config, context: int) -> Flops:
     )
 
 
+def attended(queries: int, slots: int) -> int:
+    """Queries that attention over so many slots computes: from `BLOCKWISE_ABOVE` slots on, whole blocks of them."""
+    if queries > BLOCK and slots > BLOCKWISE_ABOVE:
+        return math.ceil(queries / BLOCK) * BLOCK
+    return queries
+
+
 def kv_flops(config: Config, *, slots: int, batch: int = 1, queries: int = 1) -> Flops:
     """One call over cached keys and values: `queries` tokens a row through all layers, one of them through the head.
+    Of a model with an encoder all but cross-attention, which depends on what is kept of the source (`cross_flops`).
 
     Args:
         config: the model.
         slots: T that each layer reads whole, empty slots included: O(T), not O(t).
         batch: B.
-        queries: S, tokens a row; from `BLOCKWISE_ABOVE` slots on, attention rounds them up to whole blocks.
+        queries: S, tokens a row; attention may round them up (`attended`).
     """
     layer = layer_flops(config, slots)
-    attended = queries
-    if queries > BLOCK and slots > BLOCKWISE_ABOVE:
-        attended = math.ceil(queries / BLOCK) * BLOCK
-    scores = config.num_layers * attended * layer.scores
+    scores = config.num_layers * attended(queries, slots) * layer.scores
     layers = dataclasses.replace(layer, scores=0) * (config.num_layers * queries)
-    final = 0 if config.norm_order is NormOrder.POST else queries * norm_flops(config, config.width)
-    last = Flops(scores=scores, head=2 * config.vocab_size * config.width, norms=final)
+    outside = config.embed_norm + (config.norm_order is not NormOrder.POST)  # of the layers: first and last
+    normed = queries * outside * norm_flops(config, config.width)
+    last = Flops(scores=scores, head=2 * config.vocab_size * config.width, norms=normed)
     return (layers + last) * batch
 
 
@@ -174,16 +180,11 @@ def attention_equals_linear_at(config: Config) -> float:
     return (one.projections + one.ffn) / one.scores
 
 
-def cross_layer_flops(width: int, context: int, source: int) -> int:
-    """One decoded token through one layer of an encoder-decoder with F = 4M, cross-attention's K/V kept:
-    **28 M² + 4 t M + 4 S M**."""
-    return 28 * width**2 + 4 * context * width + 4 * source * width
-
-
 __all__ = [
     "Flops",
     "norm_flops",
     "layer_flops",
+    "attended",
     "kv_flops",
     "recompute_flops",
     "reprojected_flops",
@@ -193,5 +194,4 @@ __all__ = [
     "with_reprojected_flops",
     "with_absorbed_flops",
     "attention_equals_linear_at",
-    "cross_layer_flops",
 ]

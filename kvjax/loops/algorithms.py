@@ -56,8 +56,14 @@ class UnderWay(Protocol):
 class Algorithm(Protocol):
     """What `generate(algorithm=…)` takes: immutable, and hashable."""
 
-    def begin(self, progress: loop.Progress, limits: np.ndarray) -> UnderWay:
-        """From prefilled prompts, and the tokens `[B]` that each row may have, prompt included."""
+    def begin(self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray) -> UnderWay:
+        """From prefilled prompts.
+
+        Args:
+            progress: with the prompts fed.
+            starts: `[B]`, tokens of each row that were given: the prompt, without what the model forces on every text.
+            limits: `[B]`, tokens that each row may have, prompt included.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Draw:
     sampler: Any
     seeds: np.ndarray
 
-    def begin(self, progress: loop.Progress, limits: np.ndarray) -> Drawing:
+    def begin(self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray) -> Drawing:
         """See `Algorithm`."""
         return Drawing(progress, np.asarray(progress.cache.lengths), limits, self)
 

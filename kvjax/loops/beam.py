@@ -24,7 +24,7 @@ from kvjax.errors import CacheError, InputError
 from kvjax.loops import decode as loop
 from kvjax.loops.algorithms import resized
 from kvjax.loops.feed import feed, finish
-from kvjax.loops.prompts import fed
+from kvjax.loops.prompts import fed, padded
 from kvjax.model import Model
 from kvjax.types import Array
 
@@ -41,7 +41,7 @@ class Beams(struct.Value):
         lengths: `[B, W]` int32, tokens of each finished one, prompt included.
         scores: `[B, W]`, of the finished ones, best first: sums of log-probabilities divided by a power of how many
             were summed; -inf where there is none. At least float32.
-        starts: `[B]` int32, tokens of the prompts.
+        starts: `[B]` int32, tokens of the prompts: what comes after them counts in the length of a text.
         limits: `[B]` int32, tokens that a text may have, prompt included.
         done: `[B]` bool, prompts that want no more.
         steps: int32, taken so far.
@@ -77,7 +77,7 @@ class Beams(struct.Value):
         budget = jnp.asarray(whole("Beams.begin: max_new_tokens", max_new_tokens, ((), (cache.batch,))))
         most = jnp.iinfo(jnp.int32).max - cache.lengths  # "no limit" must not wrap around
         limits = cache.lengths + jnp.minimum(budget.astype(jnp.int32), most)
-        return _begun(cache, logits, limits, cache.lengths >= limits, width=whole_width(width))
+        return _begun(cache, logits, cache.lengths, limits, cache.lengths >= limits, width=whole_width(width))
 
     @property
     def reached(self) -> Array:
@@ -96,7 +96,7 @@ class Beams(struct.Value):
 
 
 @functools.partial(jax.jit, static_argnames="width")
-def _begun(cache: Cache, logits: Array, limits: Array, done: Array, *, width: int) -> Beams:
+def _begun(cache: Cache, logits: Array, starts: Any, limits: Any, done: Any, *, width: int) -> Beams:
     dtype = jnp.promote_types(jnp.float32, logits.dtype)
     cache, rows = loop.flag_nan(cache, logits), (cache.batch, width)
     first = jnp.arange(width)[None, :] == 0
@@ -108,7 +108,7 @@ def _begun(cache: Cache, logits: Array, limits: Array, done: Array, *, width: in
         jnp.broadcast_to(cache.tokens[:, None], (*rows, cache.capacity)),
         jnp.broadcast_to(cache.lengths[:, None], rows),
         jnp.where(done[:, None], some, -jnp.inf).astype(dtype),
-        cache.lengths,
+        starts,
         limits,
         done | (cache.flags != 0),
         none,
@@ -266,10 +266,11 @@ class Beam:
     early_stopping: bool
     returned: int
 
-    def begin(self, progress: loop.Progress, limits: np.ndarray) -> Searching:
+    def begin(self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray) -> Searching:
         """See `Algorithm`."""
-        done = progress.stopped | (np.asarray(progress.cache.lengths) >= limits)
-        return Searching(progress, _begun(progress.cache, progress.logits, limits, done, width=self.width), self)
+        done = np.asarray(progress.stopped) | (np.asarray(progress.cache.lengths) >= limits)
+        beams = _begun(progress.cache, progress.logits, starts, limits, done, width=self.width)
+        return Searching(progress, beams, self)
 
 
 def beam(width: int, *, length_penalty: float = 1.0, early_stopping: bool = False, returned: int = 1) -> Beam:
@@ -341,11 +342,7 @@ class Searching:
     def end(self, model: Model) -> tuple[Cache, Array, list[list[tuple[list[int], float]]]]:
         """See `UnderWay`. The best are fed to what the prompts left: no cache was kept of each finished text."""
         begins, texts = fed(self.first.cache), self.texts()
-        new = [text[len(begin) :] for text, begin in zip(texts, begins, strict=True)]
-        valid = np.asarray([len(row) for row in new], np.int32)
-        tokens = np.zeros((len(new), loop.bucket(int(valid.max()))), np.int32)
-        for row, ids in enumerate(new):
-            tokens[row, : len(ids)] = ids
+        tokens, valid = padded([text[len(begin) :] for text, begin in zip(texts, begins, strict=True)])
         cache, capacity = self.first.cache, self.beams.cache.capacity
         cache = cache if cache.capacity == capacity else resized(cache, capacity=capacity)
         logits, cache = _fed(model, cache, self.first.logits, tokens, valid)

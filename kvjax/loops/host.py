@@ -13,19 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import sampling
-from kvjax.caches.base import Cache
+from kvjax.caches.base import SOURCE, Cache
+from kvjax.caches.cross import Source
+from kvjax.caching import encode as encoded
 from kvjax.caching import init_cache
+from kvjax.config import Config
 from kvjax.errors import InputError
 from kvjax.lm import LM
 from kvjax.loops import decode as loop
 from kvjax.loops.algorithms import Algorithm, Candidate, Draw, UnderWay
-from kvjax.loops.prompts import beyond, encode, fed, limits_of, model_of
+from kvjax.loops.prompts import BUDGET, beyond, encode, fed, limits_of, model_of, padded, targets_of
 from kvjax.model import Model
 from kvjax.timing import Compilations
 from kvjax.types import Array
 
 CAPACITY = 256
 """The smallest capacity of a generated cache, in tokens; it grows by doubling."""
+
+TARGET_CAPACITY = 64
+"""The same for targets, which begin with little and are rarely long."""
 
 AHEAD = 64
 """Tokens of room beyond the prompt that the first capacity has at least."""
@@ -104,8 +110,11 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     prefix: Cache | None = None,
     algorithm: Algorithm | None = None,
+    target: Any = None,
+    cross: Any = None,
 ) -> Generated:
-    """Continues prompts until an end-of-sequence token or a budget.
+    """Continues prompts until an end-of-sequence token or a budget. With an encoder, prompts are source texts, and what
+    is made is a target for each.
 
     Compiles two programs for a prompt bucket and a capacity; other prompts, seeds, samplers' numbers, stop ids and
     budgets compile none.
@@ -115,8 +124,8 @@ def generate(
         prompts: a str, a list of str, or a list of lists of ids; rows may differ in length.
         after: what an earlier call gave, instead of prompts: goes on as one longer call would have, and leaves it
             usable. Seeds, sampler and stop ids are its own unless given.
-        max_new_tokens: int, or one a row; 0 gives nothing new. None is 128, or what the model's positions leave a row
-            if that is less.
+        max_new_tokens: int, or one a row; 0 gives nothing new. None is 128, or twice the source if that is more, or
+            what the model's positions leave a row if that is less.
         sampler: see `kvjax.sampling`; None is greedy.
         seed: int, or one a row; the same seed samples the same alone and in any row.
         plan: kind of cache; None is `caches.default`.
@@ -124,13 +133,16 @@ def generate(
         prefix: a cache of one row whose text every prompt begins with. Only what follows is fed, and the prefix is
             kept once for all rows; it stays usable. The result is the same without it.
         algorithm: how tokens are chosen, such as `kvjax.beam(4)`; None draws them with `sampler`.
+        target: what targets begin with, after the model's start token: text or ids, one for all or a list with one a
+            row. It is the prompt of the result, and not among the new tokens.
+        cross: what is kept of the sources, `caches.cross()` or `caches.encoder_output()`; None is `caches.cross()`.
 
     Returns:
         Texts, tokens, and a cache to go on from.
 
     Raises:
-        InputError: a prompt is empty, has ids outside the vocabulary or does not go on from `prefix`, or budgets pass
-            the model's positions.
+        InputError: a prompt is empty, has ids outside the vocabulary or does not go on from `prefix`, a source passes
+            the encoder's positions, or budgets the model's.
         CacheError: a row was flagged, for example because of NaN logits.
     """
     run = Run.start(
@@ -144,6 +156,8 @@ def generate(
         stop_ids=stop_ids,
         prefix=prefix,
         algorithm=algorithm,
+        target=target,
+        cross=cross,
     )
     for run in run.chunks(loop.ALL):
         pass
@@ -177,43 +191,57 @@ class Run:
         stop_ids: Sequence[int] | None,
         prefix: Cache | None = None,
         algorithm: Algorithm | None = None,
+        target: Any = None,
+        cross: Any = None,
     ) -> Run:
         """Encodes and prefills, or takes up an earlier result."""
         if (prompts is None) == (after is None):
             raise InputError("generate: give either prompts or after")
-        if after is not None and not (plan is None and prefix is None):
-            raise InputError("generate: after has a cache already; plan and prefix go with prompts")
+        if after is not None and any(x is not None for x in (plan, prefix, target, cross)):
+            raise InputError("generate: after has a cache already; plan, prefix, target and cross go with prompts")
         if algorithm is not None and not (sampler is None and seed is None):
             raise InputError("generate: sampler and seed are for drawing tokens; an algorithm chooses them itself")
         model = model_of(lm)
-        if after is not None and len(after.cache.layers) != len(model.layer_shapes()):
-            here, there = len(model.layer_shapes()), len(after.cache.layers)
-            raise InputError(f"generate: after has a cache of {there} layers, the model has {here}")
+        if model.encode is None and not (target is None and cross is None):
+            raise InputError("generate: target and cross are for models with an encoder, and this one has none")
+        if model.encode is not None and prefix is not None:
+            raise InputError(
+                "generate: prefix is for models without an encoder; give what targets begin with as target"
+            )
         plan = tuple(plan) if isinstance(plan, list) else plan
+        forced, usual = 0, np.asarray(BUDGET)
+        sources: list[list[int]] | None = None
         if after is None:
             ids = encode(lm, prompts)
+            if model.encode is not None:
+                sources, ids = ids, targets_of(lm, target, len(ids))
+                usual = np.maximum(usual, [2 * len(row) for row in sources])
+                forced = max(len(getattr(lm, "start_ids", ())) - 1, 0) if target is None else 0
             sampler = sampling.checked(sampler)
             stops = tuple(getattr(lm, "eos_ids", ()) if stop_ids is None else stop_ids)
             seeds = np.asarray(loop.seeds_of(0 if seed is None else seed, len(ids)))
         else:
+            _check_after(model, after)
             ids = fed(after.cache)
             sampler = after.sampler if sampler is None else sampler
             stops = after.stop_ids if stop_ids is None else tuple(stop_ids)
             seeds = after.seeds if seed is None else np.asarray(loop.seeds_of(seed, len(ids)))
-        limits = limits_of(model, ids, max_new_tokens)
+        limits = limits_of(model, ids, max_new_tokens, usual)
+        starts = np.asarray([len(row) - forced for row in ids], np.int32)
         stopped = np.zeros(len(ids), bool) if after is None else _ended(ids, after, stops)
         chosen = Draw(sampler, seeds) if algorithm is None else algorithm
         began = time.perf_counter()
         with Compilations() as made:
             if after is None:
-                progress = _prefilled(model, ids, plan, prefix)
+                source = None if sources is None else encoded(model, *padded(sources))
+                progress = _prefilled(model, ids, plan, prefix, source, cross)
             else:
                 # The loop donates what it is given; the caller keeps its own.
                 cache, logits = _copy((after.cache, after.logits))
                 progress = loop.Progress(cache, logits, stopped, np.int32(0))  # type: ignore[arg-type]
             jax.block_until_ready(progress)
             progress.cache.check()
-            state = chosen.begin(progress, limits)
+            state = chosen.begin(progress, starts, limits)
         spent = time.perf_counter() - began - made.seconds
         timings = Timings(compile=made.seconds, prefill=max(spent, 0.0), programs=made.count)
         return cls(lm, state, ids, sampler, seeds, stops, stopped, timings)
@@ -290,17 +318,24 @@ class Run:
         return Candidate(text, new, score, "eos" if ended else "length")
 
 
-def _prefilled(model: Model, ids: list[list[int]], plan: Any, prefix: Cache | None) -> loop.Progress:
+def _prefilled(
+    model: Model, ids: list[list[int]], plan: Any, prefix: Cache | None, source: Source | None, cross: Any
+) -> loop.Progress:
     longest = max(len(row) for row in ids)
     if prefix is not None:
         ids, prefix = beyond(ids, prefix)
-    lengths = np.asarray([len(row) for row in ids], np.int32)
-    tokens = np.zeros((len(ids), loop.bucket(int(np.max(lengths)))), np.int32)
-    for row, values in enumerate(ids):
-        tokens[row, : len(values)] = values
-    capacity = loop.bucket(longest + AHEAD, CAPACITY)
-    cache, logits, stopped, wasted = _begin(model, tokens, lengths, prefix, plan=plan, capacity=capacity)
-    return loop.Progress(cache, logits, stopped, wasted)
+    tokens, lengths = padded(ids)
+    least = CAPACITY if source is None else TARGET_CAPACITY
+    capacity = loop.bucket(longest + (AHEAD if source is None else loop.CHUNK), least)
+    return loop.Progress(*_begin(model, tokens, lengths, prefix, source, plan=plan, cross=cross, capacity=capacity))
+
+
+def _check_after(model: Model, after: Generated) -> None:
+    if isinstance(model.config, Config) and len(after.cache.layers) != model.config.num_layers:
+        here, there = model.config.num_layers, len(after.cache.layers)
+        raise InputError(f"generate: after has a cache of {there} layers, the model has {here}")
+    if (SOURCE in after.cache.shared) != (model.encode is not None):
+        raise InputError("generate: of the model and the cache of after, only one has a source")
 
 
 def _ended(ids: list[list[int]], after: Generated, stops: tuple[int, ...]) -> np.ndarray:
@@ -309,12 +344,21 @@ def _ended(ids: list[list[int]], after: Generated, stops: tuple[int, ...]) -> np
     return np.isin(last, stops) & emitted
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "capacity"))
+@functools.partial(jax.jit, static_argnames=("plan", "cross", "capacity"))
 def _begin(
-    model: Model, tokens: Array, lengths: Array, prefix: Cache | None, *, plan: Any, capacity: int
+    model: Model,
+    tokens: Array,
+    lengths: Array,
+    prefix: Cache | None,
+    source: Source | None,
+    *,
+    plan: Any,
+    cross: Any,
+    capacity: int,
 ) -> tuple[Any, ...]:
     # One program: an empty cache made outside would cost a compilation for each kind of buffer.
-    cache = init_cache(model, plan, batch=tokens.shape[0], capacity=capacity, prefix=prefix)
+    rows = tokens.shape[0]
+    cache = init_cache(model, plan, batch=rows, capacity=capacity, prefix=prefix, source=source, cross=cross)
     logits, cache = loop.prefill(model, cache, tokens, lengths)
     return cache, logits, jnp.zeros(lengths.shape, bool), jnp.zeros((), jnp.int32)
 

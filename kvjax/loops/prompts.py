@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from kvjax.caches.base import Cache
+from kvjax.checks import bucket
 from kvjax.errors import InputError
 from kvjax.lm import LM
 from kvjax.model import Model
+from kvjax.text import Tokenizer
 
 BUDGET = 128
 """New tokens of a row for which no budget is given, at most."""
@@ -20,22 +22,37 @@ def model_of(lm: LM | Model) -> Model:
     return lm.model if isinstance(lm, LM) else lm
 
 
+def padded(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """`[B, S]` int32, S a bucket, and how many of a row's tokens are real, `[B]`."""
+    lengths = np.asarray([len(row) for row in ids], np.int32)
+    tokens = np.zeros((len(ids), bucket(int(np.max(lengths)))), np.int32)
+    for row, values in enumerate(ids):
+        tokens[row, : len(values)] = values
+    return tokens, lengths
+
+
 def fed(cache: Cache) -> list[list[int]]:
     """Ids that each row of a cache holds."""
     tokens, lengths = np.asarray(cache.tokens), np.asarray(cache.lengths)
     return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
-def limits_of(model: Model, ids: list[list[int]], max_new_tokens: Any) -> np.ndarray:
-    """`[B]` int32, tokens that each row may have, prompt included; 0 or more new ones, or None for the default.
+def limits_of(model: Model, ids: list[list[int]], max_new_tokens: Any, usual: Any = BUDGET) -> np.ndarray:
+    """`[B]` int32, tokens that each row may have, prompt included.
+
+    Args:
+        model: its positions are the bound.
+        ids: of the prompts.
+        max_new_tokens: 0 or more, or one a row; None is as many as there is room for, at most `usual`.
+        usual: a number, or one a row.
 
     Raises:
         InputError: a budget is none, or passes the model's positions.
     """
     lengths = np.asarray([len(row) for row in ids], np.int64)
     if max_new_tokens is None:
-        room = BUDGET if model.max_positions is None else np.maximum(model.max_positions - lengths, 0)
-        max_new_tokens = np.minimum(BUDGET, room)
+        room = usual if model.max_positions is None else np.maximum(model.max_positions - lengths, 0)
+        max_new_tokens = np.minimum(usual, room)
     budget = np.asarray(max_new_tokens)
     if budget.shape not in ((), (len(ids),)) or not np.issubdtype(budget.dtype, np.integer) or (budget < 0).any():
         raise InputError(f"generate: max_new_tokens {max_new_tokens!r} must be 0 or more, one or {len(ids)} numbers")
@@ -51,32 +68,70 @@ def limits_of(model: Model, ids: list[list[int]], max_new_tokens: Any) -> np.nda
 
 
 def encode(lm: LM | Model, prompts: Any) -> list[list[int]]:
-    """Ids of each prompt.
+    """Ids of each prompt; those of source texts are checked by `kvjax.encode`.
 
     Raises:
         InputError: there is none, or one is empty, no text and no ids, or has ids outside the vocabulary.
     """
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    rows = []
-    vocab = getattr(model_of(lm).config, "vocab_size", None)
-    for row, prompt in enumerate(prompts):
+    model = model_of(lm)
+    rows, vocab = [], model.vocab_size if model.encode is None else None
+    for row, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
         if isinstance(prompt, str):
-            if not isinstance(lm, LM):
-                raise InputError(f"generate: prompt {row} is text, but a bare Model has no tokenizer; give ids")
-            prompt = lm.encode(prompt)
-        ids = np.asarray(prompt)
-        if ids.size == 0:
+            if not prompt and model.encode is not None:
+                raise InputError(f"generate: prompt {row} is empty; a source needs at least one token")
+            prompt = _with_tokenizer(lm, f"prompt {row}").encode(prompt)
+        if np.size(prompt) == 0:
             raise InputError(f"generate: prompt {row} is empty; give at least one id")
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"generate: prompt {row} must be text or a list of ids, not {ids.dtype}{list(ids.shape)}")
-        if ids.min() < 0 or (vocab is not None and ids.max() >= vocab):
-            bad = int(ids.min() if ids.min() < 0 else ids.max())
-            raise InputError(f"generate: prompt {row} has id {bad}, the vocabulary has {vocab} ids")
-        rows.append(ids.astype(np.int64).tolist())
+        rows.append(_ids(f"prompt {row}", prompt, vocab))
     if not rows:
         raise InputError("generate: prompts is empty")
     return rows
+
+
+def targets_of(lm: LM | Model, target: Any, rows: int) -> list[list[int]]:
+    """What each target begins with: the model's own beginning, then what is forced.
+
+    Args:
+        lm: with an encoder.
+        target: text or ids, one for all rows, or a list of these with one a row; None is nothing.
+        rows: how many sources there are.
+
+    Raises:
+        InputError: another number of targets than rows, one that is no text and no ids, or nothing to begin with.
+    """
+    each = (
+        target if isinstance(target, list | tuple) and any(np.ndim(x) or isinstance(x, str) for x in target) else None
+    )
+    each = [() if target is None else target] * rows if each is None else each
+    if len(each) != rows:
+        raise InputError(f"generate: target has {len(each)} rows, there are {rows} sources")
+    found = []
+    for row, forced in enumerate(each):
+        if isinstance(forced, str):
+            forced = _with_tokenizer(lm, f"target {row}").encode_inside(forced)
+        more = _ids(f"target {row}", forced, model_of(lm).vocab_size) if np.size(forced) else []
+        found.append([*getattr(lm, "start_ids", ()), *more])
+        if not found[-1]:
+            raise InputError(
+                f"generate: nothing begins target {row}: the model names no start token, give it in target"
+            )
+    return found
+
+
+def _with_tokenizer(lm: LM | Model, what: str) -> Tokenizer:
+    if not isinstance(lm, LM):
+        raise InputError(f"generate: {what} is text, but a bare Model has no tokenizer; give ids")
+    return lm.text_tokenizer()
+
+
+def _ids(what: str, given: Any, vocab: int | None) -> list[int]:
+    ids = np.asarray(given)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"generate: {what} must be text or a list of ids, not {ids.dtype}{list(ids.shape)}")
+    if ids.min() < 0 or (vocab is not None and ids.max() >= vocab):
+        bad = int(ids.min() if ids.min() < 0 else ids.max())
+        raise InputError(f"generate: {what} has id {bad}, the vocabulary has {vocab} ids")
+    return ids.astype(np.int64).tolist()
 
 
 def beyond(ids: list[list[int]], prefix: Cache) -> tuple[list[list[int]], Cache]:
@@ -93,4 +148,4 @@ def beyond(ids: list[list[int]], prefix: Cache) -> tuple[list[list[int]], Cache]
     return [values[len(begin) :] for values in ids], prefix.resize(len(begin)) if begin else prefix
 
 
-__all__ = ["BUDGET", "model_of", "encode", "limits_of", "beyond", "fed"]
+__all__ = ["BUDGET", "model_of", "encode", "targets_of", "limits_of", "beyond", "padded", "fed"]
