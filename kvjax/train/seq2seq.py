@@ -105,8 +105,7 @@ class Settings:
 
 
 def _widened(path: Any, x: Array) -> Array:
-    """Random numbers with the deviation that keeps the size of what a matrix reads, where `init_params` has 0.02: in a
-    narrow model that is so little that it takes a fifth of a run to grow."""
+    """Random numbers with deviation inputs ** -0.5 where `init_params` has 0.02, which is little for a narrow model."""
     if x.ndim < 2:
         return x
     inputs = x.shape[1] if path[-1].key == "table" else x.shape[0]

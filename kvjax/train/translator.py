@@ -165,7 +165,7 @@ def record_accuracy(source: str, text: Path, found: dict[str, accuracy.Accuracy]
 def card(out: Path, record: dict[str, Any]) -> str:
     """The model card: what `training.json` holds, for people."""
     shape = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    data, settings = record["pairs"], record["settings"]
+    data = record["pairs"]
     lines = [
         f"# {out.resolve().parent.name if out.name == 'model' else out.name}",
         "",
