@@ -103,7 +103,7 @@ def test_what_rounding_decides_is_a_tie_and_nothing_else_is():
     twins["head"] = {"kernel": model.params["head"]["kernel"].at[:, 7].set(model.params["head"]["kernel"][:, 8])}
     model = kvjax.decoder(FULL, twins)
     ids, known = np.zeros((1, 4), np.int32), np.array([[1, 7]])
-    agreement = strategies._agreement
+    agreement = strategies.runs._agreement
     assert agreement(model, ids, known, known) == "equal"
     assert agreement(model, ids, known, np.array([[1, 8]])) == "tie at 1"
     assert agreement(model, ids, known, np.array([[1, 9]])) == "differ at 1"

@@ -22,27 +22,25 @@ from kvjax.caches.contract import (
     filled_positions,
     views_of,
 )
+from kvjax.caches.flags import (
+    CAPACITY,
+    COUNT,
+    MEANING,
+    NAN,
+    NO_SOURCE,
+    PAGES,
+    POSITIONS,
+    PREFIX,
+    REWIND,
+    ROWS,
+    TOKEN,
+    meaning,
+)
 from kvjax.caches.opened import SOURCE, OpenCache
 from kvjax.checks import is_concrete, whole
 from kvjax.errors import CacheError
 from kvjax.ops.attention import EMPTY
 from kvjax.types import Array
-
-CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX, COUNT, NO_SOURCE = (1 << i for i in range(10))
-"""Bits of `Cache.flags`."""
-
-MEANING = {
-    CAPACITY: "tokens past the capacity were dropped",
-    POSITIONS: "tokens past the model's last position were dropped",
-    PAGES: "the page pool was exhausted",
-    NAN: "the model gave NaN logits",
-    TOKEN: "a token id was outside the vocabulary",
-    REWIND: "it was rewound further than its kind keeps",
-    ROWS: "it was taken from a row outside the batch",
-    PREFIX: "it was joined with rows that go on from another prefix",
-    COUNT: "it was given a number of tokens below 0 or above the columns",
-    NO_SOURCE: "its source is empty, was refused, or holds what the cache cannot keep",
-}
 
 
 @struct.node
@@ -192,7 +190,7 @@ class Cache(struct.Value):
         if is_concrete(refused):
             for row in np.flatnonzero(refused).tolist():
                 why = "needs a page of its own" if int(refused[row]) & PAGES else "goes into what other rows share"
-                raise CacheError(f"rewind: row {row} to length {int(target[row])} {why}: {_meaning(int(refused[row]))}")
+                raise CacheError(f"rewind: row {row} to length {int(target[row])} {why}: {meaning(int(refused[row]))}")
         target = jnp.where(refused != 0, self.lengths, target)
         return self.replace(
             layers=tuple(node.rewind(target, self.shared, shared) for node in self.layers),
@@ -355,13 +353,9 @@ class Cache(struct.Value):
         """
         flags, lengths = np.asarray(self.flags), np.asarray(self.lengths)
         for row in np.flatnonzero(flags):
-            what = _meaning(flags[row])
+            what = meaning(flags[row])
             raise CacheError(f"row {row}, length {lengths[row]}, capacity {self.capacity}: {what}")
         return self
-
-
-def _meaning(flags: Any) -> str:
-    return "; ".join(text for bit, text in MEANING.items() if flags & bit)
 
 
 def ask(

@@ -20,10 +20,10 @@ import jax
 from tqdm import tqdm
 
 import kvjax
-from kvjax.costs import Flops
+from kvjax.costs import Flops, example, textbook
 from kvjax.errors import InputError
 from kvjax.lm import load
-from kvjax.strategies import OPERATIONS, Comparison, Row, compare, sentences, without_rotation
+from kvjax.strategies import OPERATIONS, Comparison, Row, compare, sentences, with_encoder, without_rotation
 
 CONTEXT = 512
 """Tokens that rows have and get unless told otherwise, or as many as the model has positions."""
@@ -40,12 +40,11 @@ def run(args: argparse.Namespace) -> None:
     context = min(room, CONTEXT) - args.tokens if args.context is None else args.context
     if context < 1:
         raise InputError(f"compare: --tokens {args.tokens} leaves no context in {room} positions; give fewer")
-    if args.no_rotation:
-        size = max(room, context + args.tokens)
-        model, name = (
-            without_rotation(model.config, size, args.dtype or "float32"),
-            f"{name}, random, learned positions",
-        )
+    if args.no_rotation or args.encoder:
+        size = max(room, context + args.tokens, args.source or 0)
+        like = with_encoder if args.encoder else without_rotation
+        model = like(model.config, size, args.dtype or "float32")
+        name += ", random, learned positions" + ", with an encoder" * args.encoder
     with tqdm(file=sys.stderr, disable=None, leave=False, dynamic_ncols=True, bar_format="{desc:<34}{bar}") as bar:
 
         def watch(what: str, done: int, of: int) -> None:
@@ -59,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
             new=args.tokens,
             edited=min(args.edit, context),
             rounds=args.rounds,
+            source=args.source,
+            sources=args.sources,
             watch=watch,
         )
     about = {"model": name, "dtype": str(model.params["embed"]["table"].dtype), **machine()}
@@ -98,8 +99,10 @@ def as_json(made: Comparison) -> dict[str, Any]:
         "new_tokens": made.new,
         "edited": made.edited,
         "capacity": made.capacity,
+        "source": None if made.source is None else dataclasses.asdict(made.source),
         "strategies": [dataclasses.asdict(row) for row in made.rows],
         "sentences": sentences(made),
+        "textbook": None if made.source is None else [dataclasses.asdict(line) for line in textbook()],
     }
 
 
@@ -115,7 +118,8 @@ def _tables(made: Comparison) -> list[list[Sequence[str]]]:
 
     kept = [("what is kept", "bytes predicted", "bytes of arrays", "new tokens")]
     work: list[Sequence[str]] = [(f"{unit} a token", *COMPONENTS, "all", "counted")]
-    times: list[Sequence[str]] = [("milliseconds", *("a token" if name == "token" else name for name in OPERATIONS))]
+    names = {"token": "a token", "step": "a step"}
+    times: list[Sequence[str]] = [("milliseconds", *(names.get(name, name) for name in OPERATIONS))]
     for row in rows:
         kept.append((row.name, f"{row.predicted_nbytes:,}", f"{row.nbytes:,}", row.tokens))
         work.append(flops(row.name, row.predicted, "equal" if row.counted == row.predicted else "differ"))
@@ -132,13 +136,45 @@ def _short(value: float) -> str:
 def _heading(about: dict[str, Any], made: Comparison) -> list[str]:
     rounds = len(next(row for row in made.rows if row.refused is None).seconds["token"])
     rows = "1 row" if made.batch == 1 else f"{made.batch} rows"
+    read = ""
+    if (of := made.source) is not None:
+        read = f"; {of.rows} source{'s' * (of.rows > 1)} of {of.tokens} tokens in {of.slots} slots"
     return [
-        f"{about['model']}, {about['dtype']}: {rows}, {made.context} tokens and {made.new} new ones",
-        f"times: medians of {rounds} rounds in turn; an edit goes back {made.edited} tokens and feeds others, "
+        f"{about['model']}, {about['dtype']}: {rows}, {made.context} tokens and {made.new} new ones{read}",
+        f"times: medians of {rounds} rounds in turn; tokens in one loop, a step in a call of its own; "
+        f"an edit goes back {made.edited} tokens and feeds others, "
         f"resuming runs as many again from layer {made.config.num_layers // 2} on",
         f"{about['device']}, {about['cores']} cores, load {about['load']}; jax {about['jax']}, "
         f"Python {about['python']}, kvjax {about['kvjax']}; {about['day']}",
     ]
+
+
+def textbook_table() -> tuple[str, list[Sequence[str]], str]:
+    """The textbook example of an encoder-decoder beside what circulates for it: a title, a table and a sentence."""
+    lines = textbook()
+    kv, outputs, both = lines[:3]
+    config, batch, positions = example.TEXTBOOK, example.BATCH, example.POSITIONS
+    table: list[Sequence[str]] = [("bytes", "float32", "bfloat16", "often said", "bytes a number")]
+    for line in lines:
+        said = "" if line.said is None else f"{line.said} MB" + " a row" * (line.share > 1)
+        table.append(
+            (
+                line.kept,
+                f"{line.float32:,}",
+                f"{line.bfloat16:,}",
+                said,
+                "" if line.said is None else f"{line.element:.2f}",
+            )
+        )
+    padded = lines[-1].float32 / 2**20
+    return (
+        f"The textbook example: width {config.width}, {config.num_layers} layers, {batch} rows, {positions} source and "
+        f"{positions} target positions",
+        table,
+        f"K/V are {kv.float32 / outputs.float32:g} times the outputs of the layers. A number has 4 bytes in float32, 2 "
+        f"in bfloat16: what is often said fits neither, it would need what the last column says. Padded to "
+        f"{example.PADDED}, K/V are {padded:.1f} MiB; both together are {both.float32 / batch:,.0f} bytes a row.",
+    )
 
 
 def _refusals(rows: Sequence[Row]) -> list[str]:
@@ -148,24 +184,37 @@ def _refusals(rows: Sequence[Row]) -> list[str]:
 def _text(about: dict[str, Any], made: Comparison) -> str:
     lines = [line for text in _heading(about, made) for line in textwrap.wrap(text, 80)]
     for table in _tables(made):
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines.append("")
-        for row in table:
-            cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            lines.append("  ".join(cells).rstrip())
+        lines += ["", *_aligned(table)]
     for text in (*_refusals(made.rows), *sentences(made)):
         lines += ["", *textwrap.wrap(text, 80)]
+    if made.source is not None:
+        title, table, said = textbook_table()
+        lines += ["", *textwrap.wrap(title, 80), "", *_aligned(table), "", *textwrap.wrap(said, 80)]
     return "\n".join(lines)
+
+
+def _aligned(table: list[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    rows = ([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in table)
+    return ["  ".join(cells).rstrip() for cells in rows]
 
 
 def _markdown(about: dict[str, Any], made: Comparison) -> str:
     lines = ["  \n".join(_heading(about, made))]
     for table in _tables(made):
-        lines += ["", f"| {' | '.join(table[0])} |", f"|---|{'---:|' * (len(table[0]) - 1)}"]
-        lines += [f"| {' | '.join(row)} |" for row in table[1:]]
+        lines += ["", *in_markdown(table)]
     for text in (*_refusals(made.rows), *sentences(made)):
         lines += ["", text]
+    if made.source is not None:
+        title, table, said = textbook_table()
+        lines += ["", title, "", *in_markdown(table), "", said]
     return "\n".join(lines)
 
 
-__all__ = ["run", "machine", "as_json"]
+def in_markdown(table: list[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is its head."""
+    rows = [f"| {' | '.join(row)} |" for row in table]
+    return [rows[0], f"|---|{'---:|' * (len(table[0]) - 1)}", *rows[1:]]
+
+
+__all__ = ["run", "machine", "as_json", "textbook_table", "in_markdown"]

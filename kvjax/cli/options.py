@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import kvjax
 from kvjax import caches
-from kvjax.cli import compare_strategies, describe_model, write_text
+from kvjax.cli import compare_strategies, describe_model, translate_text, write_text
 from kvjax.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -20,6 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 TOP = """examples:
   kvjax generate "ROMEO:"                      text from the bundled model
   kvjax generate --help                        everything else that it takes
+  kvjax translate "محمد"                       an Arabic name in English letters, with scores
   kvjax info shakespeare                       what a model is, and what its caches cost
   kvjax compare                                what could be kept of a text, side by side
 
@@ -41,6 +42,18 @@ standard error. A prompt is taken exactly, its last line break included; without
 begins a text of its own.
 """
 
+TRANSLATE = """examples:
+  kvjax translate "محمد"                                   candidates with scores, best first
+  kvjax translate "محمد" "فاطمة" --beams 8 --candidates 3
+  kvjax translate --file names.txt > english.txt           the best of each line, in the same order
+  cat names.txt | kvjax translate --json                   one JSON object a line
+  kvjax translate "Hello" --model ./opus-mt-en-de --cross 'encoder_output(absorb=True)'
+
+A candidate and its score stand on one line, a tab between; the score is the mean log-probability
+of its tokens. Lines of a file or of standard input are translated in batches, and what is done is
+written at once. A blank line gives a blank line.
+"""
+
 INFO = """examples:
   kvjax info shakespeare
   kvjax info ./stories260K --dtype bfloat16
@@ -53,12 +66,15 @@ Reads config.json and the headers of the weights, not the weights. Bytes are of 
 COMPARE = """examples:
   kvjax compare
   kvjax compare --no-rotation                   absorption too, on a random model of the same shape
+  kvjax compare --encoder                       what is kept of a source, on a random model
   kvjax compare ./stories260K --batch 8 --context 400 --tokens 64
   kvjax compare --json > figures.json
 
 Keeps of a text nothing, keys and values, each layer's input (keys and values made again, or
 absorbed), the outputs of all layers, or both: bytes and FLOPs predicted and found, time of a
 decoded token, of going back, exchanging rows, editing and resuming, and whether the tokens are equal.
+Of a model with an encoder also its output, projected once, absorbed or projected again, the outputs
+of all sub-layers, and the textbook's example with the figures that are often said of it.
 """
 
 
@@ -95,6 +111,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="one JSON object instead of text and figures")
     _common(generate, write_text.run)
 
+    translate = commands.add_parser("translate", epilog=TRANSLATE, help="translate source texts, by beam search")
+    add = translate.add_argument
+    add("text", nargs="*", metavar="TEXT", help="source texts; without one, or for -, lines of standard input")
+    _model(translate, "--model", "ar2en")
+    add("--file", metavar="FILE", help="translate the lines of a UTF-8 file")
+    add("--beams", type=_whole(1), default=4, metavar="W", help="width of the search (default 4)")
+    add("--candidates", type=_whole(1), metavar="N", help="how many of a source (default: all beams, 1 for lines)")
+    add("--max-new-tokens", type=_whole(1), metavar="N", help="how many at most (default: 128, or twice the source)")
+    add("--batch", type=_whole(1), default=32, metavar="B", help="sources at a time (default 32)")
+    _dtype(translate)
+    add("--cache", type=_cache, metavar="KIND", help=f"{_kinds()}; default: what suits the model")
+    add("--cross", type=_cross, metavar="KIND", help=f"what is kept of the source; {_cross_kinds()}")
+    add("--json", action="store_true", help="one JSON object a source")
+    _common(translate, translate_text.run)
+
     info = commands.add_parser("info", epilog=INFO, help="what a model is, and what its caches cost")
     _model(info, "model")
     _dtype(info)
@@ -109,7 +140,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=_whole(1), default=2, metavar="B", help="rows (default 2)")
     add("--edit", type=_whole(1), default=8, metavar="K", help="tokens that an edit goes back (default 8)")
     add("--rounds", type=_whole(1), default=5, metavar="R", help="of timing, in turn (default 5)")
-    add("--no-rotation", action="store_true", help="a random model of this shape with learned positions")
+    add("--source", type=_whole(1), metavar="S", help="tokens of a source, with an encoder (default: as the context)")
+    add("--sources", type=_whole(1), metavar="R", help="sources that the rows share evenly (default: one a row)")
+    like = compare.add_mutually_exclusive_group()
+    like.add_argument("--no-rotation", action="store_true", help="a random model of this shape, learned positions")
+    like.add_argument("--encoder", action="store_true", help="the same with an encoder of this shape")
     _dtype(compare)
     output = compare.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one JSON object")
@@ -118,10 +153,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model(parser: argparse.ArgumentParser, name: str) -> None:
-    where = "bundled name, Hugging Face folder, or hub id (default shakespeare)"
+def _model(parser: argparse.ArgumentParser, name: str, default: str = "shakespeare") -> None:
+    where = f"bundled name, Hugging Face folder, or hub id (default {default})"
     positional: dict[str, Any] = {} if name.startswith("-") else {"nargs": "?"}
-    parser.add_argument(name, default="shakespeare", metavar="MODEL", help=where, **positional)
+    parser.add_argument(name, default=default, metavar="MODEL", help=where, **positional)
 
 
 def _dtype(parser: argparse.ArgumentParser) -> None:
@@ -158,10 +193,25 @@ def _number(kind: Callable[[str], Any], what: str, least: float, most: float | N
 
 
 def _cache(text: str) -> Any:
+    return _parsed(text, caches.Kind, _kinds())
+
+
+def _cross(text: str) -> Any:
+    return _parsed(text, caches.CrossKind, _cross_kinds())
+
+
+def _parsed(text: str, kind: type, known: str) -> Any:
     try:
-        return caches.parse(text)
+        found = caches.parse(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if not isinstance(found, kind):
+        raise argparse.ArgumentTypeError(f"{text!r} is for something else; {known}")
+    return found
+
+
+def _cross_kinds() -> str:
+    return "kinds: " + ", ".join(kind.__name__ for kind in caches.CROSS_KINDS)
 
 
 def _kinds() -> str:

@@ -1,4 +1,4 @@
-"""What could be kept of a text, side by side: bytes, FLOPs and time of each, predicted and found."""
+"""Runs strategies on one text, in turn, and measures them."""
 
 from __future__ import annotations
 
@@ -12,63 +12,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import caches, costs, donating
+from kvjax import costs, donating
 from kvjax.caches.base import Cache
-from kvjax.caching import init_cache
+from kvjax.caches.cross import Source
+from kvjax.caching import encode, init_cache
 from kvjax.config import Config
 from kvjax.costs import Flops
 from kvjax.errors import CacheError, InputError, KvjaxError
 from kvjax.loops.decode import VALUE
-from kvjax.model import Model, decoder, forward
-from kvjax.ops.positions import Learned
-from kvjax.params import init_params
-from kvjax.types import Array, DType
+from kvjax.model import Model, forward
+from kvjax.strategies.kept import STRATEGIES, WITH_SOURCE, Strategy
+from kvjax.types import Array
 
 TIE = 1e-5
 """A first difference is a tie where the recomputed scores of the two choices differ by less than this, times the
 largest: rounding decides there."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Strategy:
-    """What is kept, and what that should cost.
+OPERATIONS = ("token", "step", "rewind", "reorder", "edit", "resume")
+"""What is timed: a token decoded in one loop, the same as a call of its own, going back, exchanging rows, going back to
+feed other tokens, and running the same positions again from the middle layer on."""
 
-    Args:
-        name: for people.
-        plan: kind of cache.
-        nbytes: `(config, batch=, capacity=, store=) -> int`.
-        flops: `(config, batch=, slots=) -> Flops` of one step.
-    """
-
-    name: str
-    plan: Any
-    nbytes: Callable[..., int]
-    flops: Callable[..., Flops]
-
-
-def _nothing(config: Config, *, batch: int, capacity: int, store: Any) -> int:
-    return costs.recompute_nbytes(config, batch=batch, capacity=capacity)
-
-
-def _with_factor(config: Config, *, batch: int, capacity: int, store: Any) -> int:
-    factor = jnp.promote_types(jnp.float32, store).itemsize
-    return costs.layer_input_nbytes(config, batch=batch, capacity=capacity, store=store, factor=factor)
-
-
-ABSORBED = "input, absorbed"
-STRATEGIES = (
-    Strategy("none", caches.recompute(), _nothing, costs.recompute_flops),
-    Strategy("K/V", caches.dense(), costs.dense_nbytes, costs.kv_flops),
-    Strategy("input, projected", caches.layer_input(), costs.layer_input_nbytes, costs.reprojected_flops),
-    Strategy(ABSORBED, caches.layer_input(absorb=True), _with_factor, costs.absorbed_flops),
-    Strategy("output", caches.output(), costs.output_nbytes, costs.reprojected_flops),
-    Strategy("hybrid", caches.hybrid(), costs.hybrid_nbytes, costs.kv_flops),
-)
-"""The first one is the reference for the tokens, the second one for the figures."""
-
-OPERATIONS = ("token", "rewind", "reorder", "edit", "resume")
-"""What is timed: a decoded token, going back, exchanging rows, going back to feed other tokens, and running the same
-positions again from the middle layer on."""
+STEPS = 8
+"""Calls of their own in a round."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +46,8 @@ class Row:
         refused: why the model does not allow it; then there is nothing else.
         predicted_nbytes, nbytes: of the cache.
         predicted, counted: FLOPs of one step of all rows.
-        seconds: by operation, one figure a round; `token` is a step of all rows. No `resume` where no stream is kept.
+        seconds: by operation, one figure a round; `token` and `step` are of all rows. No `resume` where no stream is
+            kept.
         tokens: "equal", "tie at I" or "differ at I": the I-th new token is the first that is not that of "none".
     """
 
@@ -100,6 +67,20 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceShape:
+    """What the rows read besides their text.
+
+    Args:
+        rows: how many sources; as many rows of the batch read each.
+        tokens, slots: of each source, without and with padding.
+    """
+
+    rows: int
+    tokens: int
+    slots: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """All strategies on one model.
 
@@ -109,6 +90,7 @@ class Comparison:
             an edit goes back and feeds anew.
         capacity: slots that every step reads: context and new.
         rows: one a strategy.
+        source: of a model with an encoder.
     """
 
     config: Config
@@ -118,21 +100,7 @@ class Comparison:
     edited: int
     capacity: int
     rows: tuple[Row, ...]
-
-
-def without_rotation(config: Config, size: int, dtype: DType = jnp.float32, seed: int = 0) -> Model:
-    """A random model of the same shape with learned positions and no norm of heads: layer inputs can be absorbed.
-
-    Args:
-        config: of the model that it is like.
-        size: positions that it knows.
-        dtype: of its parameters.
-        seed: of its parameters, which are large enough that it does not repeat itself.
-    """
-    like = dataclasses.replace(config, positions=Learned(size), layer_positions=(), max_positions=size, qk_norm=None)
-    factor = 100 * config.width**-0.5  # a deviation of 2 / sqrt(M)
-    params = init_params(like, jax.random.key(seed), dtype)
-    return decoder(like, jax.tree.map(lambda x: x * factor if x.ndim > 1 else x, params))
+    source: SourceShape | None = None
 
 
 def compare(
@@ -143,7 +111,9 @@ def compare(
     new: int = 32,
     edited: int = 8,
     rounds: int = 5,
-    strategies: Iterable[Strategy] = STRATEGIES,
+    source: int | None = None,
+    sources: int | None = None,
+    strategies: Iterable[Strategy] | None = None,
     seed: int = 0,
     watch: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Comparison:
@@ -156,12 +126,15 @@ def compare(
         new: tokens decoded in each round, in one scan; time per token is its mean.
         edited: tokens that an edit goes back and feeds anew, and a resumed run computes again; at most `context`.
         rounds: how often each is timed; what is compiled is compiled before.
-        strategies: the first one is the reference for the tokens.
+        source: tokens of each source of a model with an encoder; None: as many as the context, or as it has positions.
+        sources: how many there are, a divisor of B; None: one for each row.
+        strategies: the first one is the reference for the tokens; None: `STRATEGIES`, or `WITH_SOURCE`.
         seed: of the text.
         watch: told `(what, done, of)` before each piece of work.
 
     Raises:
-        InputError: a number is out of range, or context and new tokens pass the model's positions.
+        InputError: a number is out of range, context and new tokens pass the model's positions, a source those of the
+            encoder, or there is a source and no encoder.
     """
     config = model.config
     if not isinstance(config, Config):
@@ -174,9 +147,17 @@ def compare(
     capacity = context + new
     if config.max_positions is not None and capacity > config.max_positions:
         raise InputError(f"compare: context {context} and {new} new tokens pass the {config.max_positions} positions")
-    chosen = tuple(strategies)
-    ids, others = np.random.default_rng(seed).integers(0, config.vocab_size, (2, batch, context)).astype(np.int32)
-    text = _Text(ids, others[:, :edited], new, capacity)
+    if config.encoder is None and not source == sources == None:  # noqa: E711
+        raise InputError(f"compare: source is {source} and sources {sources}, but the model has no encoder")
+    random = np.random.default_rng(seed)
+    ids, others = random.integers(0, config.vocab_size, (2, batch, context)).astype(np.int32)
+    read, shape = None, None
+    if config.encoder is not None:
+        length = min(context, config.encoder.max_positions or context) if source is None else source
+        read, shape = _encoded(model, random, batch, batch if sources is None else sources, length)
+    known = STRATEGIES if read is None else WITH_SOURCE
+    chosen = known if strategies is None else tuple(strategies)
+    text = _Text(ids, others[:, :edited], new, capacity, read)
     total = len(chosen) * (1 + rounds)
     courses: list[_Course] = []
     for i, strategy in enumerate(chosen):
@@ -186,17 +167,33 @@ def compare(
         watch(course.strategy.name, i, total)
         course.round()
     watch("done", total, total)
-    return Comparison(config, batch, context, new, edited, capacity, tuple(c.row(courses[0]) for c in courses))
+    rows = tuple(course.row(courses[0]) for course in courses)
+    return Comparison(config, batch, context, new, edited, capacity, rows, shape)
+
+
+def _encoded(
+    model: Model, random: np.random.Generator, batch: int, rows: int, tokens: int
+) -> tuple[Source, SourceShape]:
+    """Random sources, and their shape."""
+    for name, value in (("source", tokens), ("sources", rows)):
+        if value < 1:
+            raise InputError(f"compare: {name} must be at least 1, not {value}")
+    if batch % rows:
+        raise InputError(f"compare: batch {batch} is no multiple of {rows} sources")
+    made = encode(model, random.integers(0, model.config.encoder.vocab_size, (rows, tokens)).astype(np.int32))
+    return made, SourceShape(rows, tokens, made.states.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Text:
-    """What is fed: `ids[B, context]`, `others[B, edited]` in an edit, then `new` tokens of the model's own."""
+    """What is fed: `ids[B, context]`, `others[B, edited]` in an edit, then `new` tokens of the model's own; and what is
+    read besides."""
 
     ids: np.ndarray
     others: np.ndarray
     new: int
     capacity: int
+    source: Source | None
 
 
 def _rewind(cache: Cache, lengths: Array) -> Cache:
@@ -220,9 +217,14 @@ class _Course:
         self.refused = ""
         batch = len(text.ids)
         self.lengths = jnp.full((batch,), text.ids.shape[1], jnp.int32)
-        self.beams = jnp.arange(batch, dtype=jnp.int32)[::-1]
+        # Rows that read one source exchange places; where none share, all rows do.
+        share = 1 if text.source is None else batch // text.source.lengths.shape[0]
+        order = np.arange(batch, dtype=np.int32).reshape(-1, share if share > 1 else batch)
+        self.beams = jnp.asarray(order[:, ::-1].ravel())
         try:
-            cache = init_cache(model, strategy.plan, batch=batch, capacity=text.capacity)
+            kept = None if strategy.source is None else strategy.source.cross
+            plan, source = strategy.plan, text.source
+            cache = init_cache(model, plan, batch=batch, capacity=text.capacity, source=source, cross=kept)
             self.counted = costs.count_flops(VALUE.step, model, cache, self.lengths)
         except KvjaxError as error:
             self.refused = str(error)
@@ -245,11 +247,18 @@ class _Course:
         tokens, _, cache = run("token", donating.decode, self.model, self.cache, self.logits, steps=self.text.new)
         self.seconds["token"][-1] /= self.text.new
         cache = run("rewind", _rewinding, cache, self.lengths)
+        cache = _rewinding(run("step", self._steps, cache), self.lengths)
+        self.seconds["step"][-1] /= min(STEPS, self.text.new)
         cache = run("reorder", _reordering, cache, self.beams)
         _, self.cache = run("edit", self._edit, cache)
         if self.resumes:
             _, self.cache = run("resume", self._resume, self.cache)
         return tokens
+
+    def _steps(self, cache: Cache) -> Cache:
+        for _ in range(min(STEPS, self.text.new)):
+            _, cache = donating.step(self.model, cache, self.text.others[:, 0])
+        return cache
 
     def _edit(self, cache: Cache) -> tuple[Array, Cache]:
         others = self.text.others
@@ -271,26 +280,29 @@ class _Course:
             return Row(self.strategy.name, self.refused)
         config, batch, capacity = self.model.config, len(self.text.ids), self.text.capacity
         store = self.model.layer_shapes()[0].dtype
-        return Row(
-            self.strategy.name,
-            None,
-            self.strategy.nbytes(config, batch=batch, capacity=capacity, store=store),
-            self.nbytes,
-            self.strategy.flops(config, batch=batch, slots=capacity),
-            self.counted,
-            self.seconds,
-            _agreement(self.model, self.text.ids, reference.tokens, self.tokens),
-        )
+        nbytes = self.strategy.nbytes(config, batch=batch, capacity=capacity, store=store)
+        flops = self.strategy.flops(config, batch=batch, slots=capacity)
+        if self.strategy.source is not None and self.text.source is not None:
+            kept, (rows, slots, _) = self.strategy.source, self.text.source.states.shape
+            nbytes += kept.nbytes(config, source=slots, rows=rows, store=store)
+            queries = capacity if self.strategy.whole else 1
+            flops += kept.flops(config, source=slots, rows=rows, batch=batch, queries=queries)
+        agreement = _agreement(self.model, self.text.ids, reference.tokens, self.tokens, self.text.source)
+        return Row(self.strategy.name, None, nbytes, self.nbytes, flops, self.counted, self.seconds, agreement)
 
 
-def _agreement(model: Model, ids: np.ndarray, known: np.ndarray, made: np.ndarray) -> str:
+def _agreement(model: Model, ids: np.ndarray, known: np.ndarray, made: np.ndarray, source: Source | None = None) -> str:
     """How new tokens `[B, new]` stand to the reference's."""
     worst = "equal"
     for row, at in ((row, int(np.argmax(known[row] != made[row]))) for row in range(len(ids))):
         if known[row, at] == made[row, at]:
             continue
         text = np.concatenate([ids[row], known[row, :at]])
-        scores = np.asarray(forward(model, text[None])[0, -1], np.float64)
+        read = None
+        if source is not None:
+            at_source = row * len(source.lengths) // len(ids)
+            read = jax.tree.map(lambda x, i=at_source: x[i : i + 1], source)
+        scores = np.asarray(forward(model, text[None], source=read)[0, -1], np.float64)
         gap = abs(scores[known[row, at]] - scores[made[row, at]])
         if gap >= TIE * np.abs(scores).max():
             return f"differ at {at}"
@@ -298,42 +310,4 @@ def _agreement(model: Model, ids: np.ndarray, known: np.ndarray, made: np.ndarra
     return worst
 
 
-def sentences(made: Comparison) -> list[str]:
-    """What the figures say of keeping the streams between layers instead of keys and values."""
-    config, rows = made.config, {row.name: row for row in made.rows if row.refused is None}
-    if not {"none", "K/V", "output"} <= set(rows):
-        return []
-    kv, output = rows["K/V"], rows["output"]
-    ratio = costs.layer_input_ratio(config)
-    again = 4 * config.width * config.kv_heads * config.head_dim
-    work = output.counted.contractions / kv.counted.contractions
-    share = 1 / costs.patch_sweep_share(config.num_layers, made.capacity)
-    compared = "the larger" if ratio > 1 else "the smaller" if ratio < 1 else "as large"
-    said = [
-        f"Bytes: a layer's input is {ratio:.2f} of its keys and values (width over 2 · kv heads · head width), "
-        f"{compared} of the two; the whole output cache has {output.nbytes / kv.nbytes:.2f} of the bytes of K/V.",
-        f"Output caches lose in decoding: one saves no FLOP over K/V, and making keys and values again adds {again:,} "
-        f"(4 · width · kv heads · head width) for each cached position, layer and step. A step did {work:.1f} times "
-        f"the work of K/V and took {_times(output, kv)} times as long.",
-        f"Output caches win in resuming: a run goes on from any layer and position, which K/V alone does not allow. "
-        f"The last {made.edited} positions again from the middle layer took {_milliseconds(output, 'resume')}; the "
-        f"whole text anew took {_milliseconds(rows['none'], 'edit')}. Where keys and values are kept as well, patching "
-        f"each (layer, position) of {made.capacity} tokens is {share:.1f} times less linear work than whole runs.",
-    ]
-    if ABSORBED in rows:
-        said.append(
-            f"Absorbed, nothing is made again and scores are {config.width / config.head_dim:.0f} times the work "
-            f"(width over head width): {_times(rows[ABSORBED], kv)} times as long as K/V."
-        )
-    return said
-
-
-def _milliseconds(row: Row, operation: str) -> str:
-    return f"{1e3 * (row.median(operation) or 0):.1f} ms"
-
-
-def _times(row: Row, than: Row) -> str:
-    return f"{(row.median('token') or 0) / (than.median('token') or 1):.1f}"
-
-
-__all__ = ["sentences", "Strategy", "STRATEGIES", "OPERATIONS", "Row", "Comparison", "compare", "without_rotation"]
+__all__ = ["OPERATIONS", "Row", "Comparison", "SourceShape", "compare"]

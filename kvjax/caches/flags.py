@@ -1,0 +1,41 @@
+"""Bits of `Cache.flags`: what went wrong in a row under `jit`, where no error can be raised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX, COUNT, NO_SOURCE = (1 << i for i in range(10))
+
+MEANING = {
+    CAPACITY: "tokens past the capacity were dropped",
+    POSITIONS: "tokens past the model's last position were dropped",
+    PAGES: "the page pool was exhausted",
+    NAN: "the model gave NaN logits",
+    TOKEN: "a token id was outside the vocabulary",
+    REWIND: "it was rewound further than its kind keeps",
+    ROWS: "it was taken from a row outside the batch",
+    PREFIX: "it was joined with rows that go on from another prefix",
+    COUNT: "it was given a number of tokens below 0 or above the columns",
+    NO_SOURCE: "its source is empty, was refused, or holds what the cache cannot keep",
+}
+
+
+def meaning(flags: Any) -> str:
+    """The bits in words."""
+    return "; ".join(text for bit, text in MEANING.items() if flags & bit)
+
+
+__all__ = [
+    "CAPACITY",
+    "POSITIONS",
+    "PAGES",
+    "NAN",
+    "TOKEN",
+    "REWIND",
+    "ROWS",
+    "PREFIX",
+    "COUNT",
+    "NO_SOURCE",
+    "MEANING",
+    "meaning",
+]

@@ -1,0 +1,143 @@
+"""`kvjax translate`: source texts go in, what a model with an encoder makes of them comes out, batch by batch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from tqdm import tqdm
+
+from kvjax.cli.startup import one_line
+from kvjax.errors import InputError
+from kvjax.lm import LM, load
+from kvjax.loops.beam import Beam, beam
+from kvjax.loops.host import generate
+
+
+class Line(NamedTuple):
+    """A source and where it comes from, for messages."""
+
+    text: str
+    where: str
+
+
+def run(args: argparse.Namespace) -> None:
+    """Translates as the arguments say; candidates, or one JSON object a source, on stdout as they are made."""
+    many = not args.text or args.text == ["-"]
+    if args.text and args.file is not None:
+        raise InputError("translate: give either TEXT or --file")
+    count = (1 if many else args.beams) if args.candidates is None else args.candidates
+    if count > args.beams:
+        raise InputError(f"translate: --candidates {count} is more than --beams {args.beams}; a beam gives one each")
+    done = 0
+    with contextlib.ExitStack() as kept_open:
+        lines, total = _lines(args, kept_open) if many else (_given(args.text), len(args.text))
+        lm = load(args.model, dtype=args.dtype)
+        if lm.model.encode is None:
+            raise InputError(
+                f"translate: model {lm.name!r} has no encoder, it continues a text: kvjax generate --model {args.model}"
+            )
+        began, shown = time.perf_counter(), many and sys.stderr is not None and sys.stderr.isatty()
+        bar = kept_open.enter_context(tqdm(total=total, unit=" lines", file=sys.stderr, disable=not shown))
+        for batch, found in translated(lm, lines, beam(args.beams, returned=count), args):
+            with tqdm.external_write_mode():
+                for line, candidates in zip(batch, found, strict=True):
+                    done += 1
+                    _put(line, candidates, args.json, apart=count > 1 and done > 1)
+                sys.stdout.flush()  # what is done is out before the next batch begins
+            bar.update(len(batch))
+    if not args.json:
+        seconds = time.perf_counter() - began
+        sys.stderr.write(f"{done:,} sources in {seconds:.2f} s, {args.beams} beams\n")
+
+
+def translated(
+    lm: LM, lines: Iterable[Line], search: Beam, args: argparse.Namespace
+) -> Iterator[tuple[list[Line], list[list[Any]]]]:
+    """Batches of lines with the candidates of each, in order; none for a blank line."""
+    size = 0
+    for batch in _batches(lines, args.batch):
+        sources = [line.text for line in batch if line.text.strip()]
+        found: Iterator[Any] = iter(())
+        if sources:
+            size = max(size, len(batch))
+            full = sources + sources[-1:] * (size - len(sources))  # of one size: another would compile again
+            try:
+                out = generate(
+                    lm,
+                    full,
+                    algorithm=search,
+                    max_new_tokens=args.max_new_tokens,
+                    plan=args.cache,
+                    cross=args.cross,
+                )
+            except InputError as error:
+                raise InputError(f"translate: {batch[0].where} to {batch[-1].where}: {error}") from error
+            assert out.candidates is not None
+            found = iter(out.candidates)
+        yield batch, [next(found) if line.text.strip() else [] for line in batch]
+
+
+def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
+    rest = iter(lines)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+def _given(texts: list[str]) -> Iterator[Line]:
+    for i, text in enumerate(texts, 1):
+        if text == "-":
+            raise InputError("translate: - reads standard input and goes with no other TEXT")
+        if not text.strip():
+            raise InputError(f"translate: TEXT {i} is empty")
+        yield Line(text, f"TEXT {i}")
+
+
+def _lines(args: argparse.Namespace, kept_open: contextlib.ExitStack) -> tuple[Iterator[Line], int | None]:
+    """Lines of a file and how many, or of standard input as they come."""
+    file = args.file
+    if file is None or file == "-":
+        if sys.stdin is None:
+            raise InputError("translate: standard input is closed; give TEXT or --file")
+        if file is None and not args.text and sys.stdin.isatty():
+            raise InputError("translate: nothing to translate; give TEXT, --file, or lines on standard input")
+        return _decoded(getattr(sys.stdin, "buffer", sys.stdin), "standard input"), None
+    try:
+        with Path(file).open("rb") as once:
+            total = sum(1 for _ in once)
+        return _decoded(kept_open.enter_context(Path(file).open("rb")), file), total
+    except OSError as error:
+        raise InputError(f"translate: cannot read {file}: {error.strerror or error}") from error
+
+
+def _decoded(stream: IO[Any], name: str) -> Iterator[Line]:
+    for number, raw in enumerate(stream, 1):
+        where = f"line {number} of {name}"
+        try:
+            text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
+        except UnicodeDecodeError as error:
+            raise InputError(f"translate: {where} is not UTF-8 text: {error.reason}") from error
+        yield Line((text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n"), where)
+
+
+def _put(line: Line, candidates: list[Any], as_json: bool, apart: bool) -> None:
+    if as_json:
+        made = [{"text": x.text, "score": x.score, "stop": x.stop} for x in candidates]
+        print(json.dumps({"source": line.text, "candidates": made}))
+        return
+    if apart:
+        print()
+    for each in candidates:
+        print(f"{one_line(each.text)}\t{each.score:.4f}")
+    if not candidates:  # a blank line for a blank line
+        print()
+
+
+__all__ = ["run", "translated", "Line"]
