@@ -103,7 +103,7 @@ def load(
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    return LM(decoder(config, params), tokenizer, name, eos, bos, start if hf.get("is_encoder_decoder") else ())
+    return LM(decoder(config, params), tokenizer, name, eos, bos, start if config.encoder is not None else ())
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
@@ -162,7 +162,8 @@ def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]
         return _ids(generation, key, folder) or _ids(hf, key, folder)
 
     bos, start = ids("bos_token_id")[:1], ids("decoder_start_token_id")[:1]
-    return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + ids("forced_bos_token_id")[:1]
+    forced = ids("forced_bos_token_id")[:1] or (bos if hf.get("force_bos_token_to_be_generated") is True else ())
+    return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + forced
 
 
 def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:

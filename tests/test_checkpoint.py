@@ -190,7 +190,10 @@ def test_a_number_too_large_for_the_asked_dtype_is_an_error_that_names_the_tenso
         ("{" * 100_000, "damaged JSON"),
         ('{"a": ' * 100_000, "too deep|damaged"),
         ("{}", "model_type"),
-        ('{"model_type": "rwkv"}', "known are gemma2, gemma3_text, gpt2, llama, mistral, qwen2, qwen3"),
+        (
+            '{"model_type": "rwkv"}',
+            "known are bart, gemma2, gemma3_text, gpt2, llama, marian, mbart, mistral, qwen2, qwen3, t5",
+        ),
     ],
 )
 def test_a_damaged_config_is_a_checkpoint_error(tmp_path, tensors, text, message):

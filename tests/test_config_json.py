@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 import parity
 from parity import cases
 
-NAMES = [case.name for case in cases.CASES]
+NAMES = [case.name for case in cases.ALL]
 LLAMA = next(case.config for case in cases.CASES if case.name == "llama_linear")
 
 
@@ -45,10 +45,13 @@ def test_the_list_of_used_keys_is_what_the_config_map_reads(kind, monkeypatch):
     monkeypatch.setattr(Fields, "raw", lambda self, name, default=None: read.add(name) or original(self, name, default))
     get = Fields._get
     monkeypatch.setattr(Fields, "_get", lambda self, name, *rest: read.add(name) or get(self, name, *rest))
-    hf = next(c.config for c in cases.CASES if c.config["model_type"] == kind)
+    hf = next(c.config for c in cases.ALL if c.config["model_type"] == kind)
     family.config(Fields(hf | {"rope_parameters": {}, "rope_scaling": None}, aliases=family.aliases))
     read -= {"factor", "attention_factor"}
-    ends = {"model_type", "bos_token_id", "eos_token_id"}  # read by `load`
+    ends = {key for key in USED if key.endswith("_token_id")} | {
+        "model_type",
+        "force_bos_token_to_be_generated",
+    }  # by `load`
     rotary = {"layer_types", "max_window_layers"}  # either one or the other
     assert read <= family.keys.used | USED
     assert (family.keys.used | USED) - set(family.aliases) - ends - rotary <= read
@@ -62,7 +65,7 @@ def test_every_key_stands_in_one_list(kind):
 
 
 def config_of(name, **changes):
-    hf = copy.deepcopy(next(c.config for c in cases.CASES if c.name == name))
+    hf = copy.deepcopy(next(c.config for c in cases.ALL if c.name == name))
     hf.update(changes)
     return read_config({k: v for k, v in hf.items() if v is not ...}, strict=True)[1]
 
@@ -113,7 +116,11 @@ def test_a_rope_scaling_that_is_not_computed_is_refused_by_name(kind):
         ("qwen2_windows", {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}, "sliding"),
         ("qwen2_windows", {"max_window_layers": -1}, "max_window_layers"),
         ("mistral_window", {"sliding_window": 0}, "sliding_window"),
-        ("mistral_window", {"model_type": "mamba"}, "gemma2, gemma3_text, gpt2, llama, mistral, qwen2, qwen3"),
+        (
+            "mistral_window",
+            {"model_type": "mamba"},
+            "bart, gemma2, gemma3_text, gpt2, llama, marian, mbart, mistral, qwen2, qwen3, t5",
+        ),
         ("gemma2", {"model_type": "gemma3"}, "gemma3_text"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma2", {"sliding_window": None}, "sliding_window"),
@@ -344,7 +351,7 @@ def test_an_unknown_key_is_a_warning_that_names_it():
 @pytest.mark.parametrize("name", NAMES)
 def test_no_value_in_config_json_raises_anything_but_a_checkpoint_error(name):
     rng = random.Random(0)
-    config = next(case.config for case in cases.CASES if case.name == name)
+    config = next(case.config for case in cases.ALL if case.name == name)
     values = [
         0,
         1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +20,7 @@ from kvjax.params import declare
 from kvjax.types import DType, Params
 
 BLOCK = 4 << 20  # bytes of a source that are resident at once
+NEAR = 2e-3  # bfloat16 rounds numbers up to 1 by 2**-9
 PATIENCE = 2.0  # seconds before a progress bar shows
 
 
@@ -31,11 +32,22 @@ class Rule:
         target: path in the parameter tree; `{i}` stands for the layer.
         sources: names in the checkpoint, laid side by side along the last axis.
         transposed: a source is stored [outputs, inputs], as `torch.nn.Linear` does.
+        skip: so many rows at the beginning of a source carry nothing.
+        row: a source is stored [1, outputs], the parameter is [outputs].
+        optional: without its sources the parameter is zero.
     """
 
     target: str
     sources: tuple[str, ...]
     transposed: bool = False
+    skip: int = 0
+    row: bool = False
+    optional: bool = False
+
+    def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the tensor of which `shape` is taken."""
+        shape = shape[::-1] if self.transposed else shape
+        return (1, *shape) if self.row else (shape[0] + self.skip, *shape[1:])
 
 
 def linear(target: str, *sources: str) -> tuple[Rule, Rule]:
@@ -44,6 +56,10 @@ def linear(target: str, *sources: str) -> tuple[Rule, Rule]:
         Rule(f"{target}/kernel", tuple(f"{s}.weight" for s in sources), transposed=True),
         Rule(f"{target}/bias", tuple(f"{s}.bias" for s in sources)),
     )
+
+
+def _no_tables(config: Config, stored: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +74,10 @@ class Family:
         prefix: what some checkpoints put before most names and others leave out.
         ignored: patterns (whole name, prefix stripped) of tensors that carry no parameter.
         ignored_if_tied: names that repeat the embedding table where the head is tied.
+        tables: from the configuration and the names that are stored (prefix stripped), groups of names that mean one
+            tensor: any of a group may be stored, and those that are must be equal.
+        constants: name of a tensor that is no parameter (prefix stripped) to what it must hold, to `NEAR`, by the
+            configuration and its number of rows.
         aliases: other names of config.json's keys.
     """
 
@@ -68,6 +88,8 @@ class Family:
     prefix: str
     ignored: tuple[str, ...] = ()
     ignored_if_tied: tuple[str, ...] = ("lm_head.weight",)
+    tables: Callable[[Config, Collection[str]], tuple[tuple[str, ...], ...]] = _no_tables
+    constants: Mapping[str, Callable[[Config, int], np.ndarray]] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -86,7 +108,7 @@ class Part:
 
     name: str
     columns: slice
-    transposed: bool
+    rule: Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,28 +142,38 @@ def plan(family: Family, config: Config, tensors: Source) -> list[Leaf]:
             wrong.append(f"twice: {names[short]} and {name}")
         names[short] = name
     rules = {rule.target: rule for rule in family.rules}
-    leaves, used = [], set()
+    groups = {name: group for group in family.tables(config, names.keys()) for name in group}
+    leaves, used = [], {name for name in groups if name in names}
     for path, shape in _flatten(declare(config)):
-        layer = path[1] if path[0] == "layers" else ""
-        rule = rules["/".join((path[0], "{i}", *path[2:]) if layer else path)]
+        at = path.index("layers") + 1 if "layers" in path else len(path)
+        layer = "".join(path[at : at + 1])
+        rule = rules["/".join((*path[:at], "{i}", *path[at + 1 :]) if layer else path)]
         parts, offset = [], 0
         for source, width in zip(rule.sources, _widths(config, path, shape, len(rule.sources)), strict=True):
-            short = source.format(i=layer)
+            alike = groups.get(short := source.format(i=layer), (short,))
+            short = next((name for name in alike if name in names), short)
             used.add(short)
-            expected = (*shape[:-1], width)
-            if rule.transposed:
-                expected = expected[::-1]
+            expected = rule.stored((*shape[:-1], width))
             if short not in names:
-                wrong.append(f"missing: {short} {list(expected)}")
+                if not rule.optional:
+                    wrong.append(f"missing: {' or '.join(alike)} {list(expected)}")
                 continue
             info = tensors.info(names[short])
             if info.shape != expected:
                 wrong.append(f"shape: {names[short]} is {list(info.shape)}, config.json makes it {list(expected)}")
             elif not jnp.issubdtype(info.dtype, jnp.floating):
                 wrong.append(f"dtype: {names[short]} is {info.dtype}, expected a floating one")
-            parts.append(Part(names[short], slice(offset, offset + width), rule.transposed))
+            parts.append(Part(names[short], slice(offset, offset + width), rule))
             offset += width
         leaves.append(Leaf(path, shape, tuple(parts)))
+    for group in dict.fromkeys(groups.values()):
+        first, *others = [names[name] for name in group if name in names] or [""]
+        others = [other for other in others if not _equal(tensors, first, other)]
+        wrong += [f"differs: {other} from {first}, config.json makes them one table" for other in others]
+    for short, value in family.constants.items():
+        if short in names and not _close(tensors, names[short], value(config, tensors.info(names[short]).shape[0])):
+            wrong.append(f"differs: {names[short]} from what config.json makes it, which is all that is computed")
+        used.add(short)
     ignored = re.compile("|".join(f"(?:{p})" for p in family.ignored) or r"(?!)")
     for short, name in names.items():
         repeated = config.tied and short in family.ignored_if_tied
@@ -169,6 +201,8 @@ def convert(leaves: Iterable[Leaf], tensors: Source, dtype: DType) -> Params:
     tree: Params = {}
     for leaf in tqdm(list(leaves), desc="loading", unit="tensor", delay=PATIENCE, leave=False):
         array = _aligned(leaf.shape, np.dtype(dtype))
+        if not leaf.parts:
+            array[...] = 0
         for part in leaf.parts:
             _fill(array, part, tensors)
         node = tree
@@ -179,19 +213,42 @@ def convert(leaves: Iterable[Leaf], tensors: Source, dtype: DType) -> Params:
 
 
 def _fill(array: np.ndarray, part: Part, tensors: Source) -> None:
-    source = tensors.view(part.name)
+    rule, stored = part.rule, tensors.info(part.name).dtype
     target = array[..., part.columns]
-    if part.transposed:
+    if rule.transposed:
         target = target.T
+    if rule.row:
+        target = target[None]
+    narrow = array.dtype.itemsize < 4 and array.dtype.itemsize <= stored.itemsize and array.dtype != stored
+    for rows, block in _blocks(tensors, part.name, rule.skip):
+        with np.errstate(over="ignore"):
+            target[rows] = block
+        if narrow and not np.isfinite(target[rows]).all() and np.isfinite(block).all():
+            raise CheckpointError(f"{part.name}: holds numbers too large for {array.dtype}; load with another dtype")
+
+
+def _blocks(tensors: Source, name: str, skip: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
+    """The rows of a tensor from `skip` on, some at a time, each given back to the system after use."""
+    source = tensors.view(name)[skip:]
     rows = max(1, BLOCK // max(1, source[:1].nbytes))
-    narrow = array.dtype.itemsize < 4 and array.dtype.itemsize <= source.dtype.itemsize and array.dtype != source.dtype
     for start in range(0, source.shape[0], rows):
         block = slice(start, start + rows)
-        with np.errstate(over="ignore"):
-            target[block] = source[block]
-        if narrow and not np.isfinite(target[block]).all() and np.isfinite(source[block]).all():
-            raise CheckpointError(f"{part.name}: holds numbers too large for {array.dtype}; load with another dtype")
-        tensors.release(part.name, block)
+        yield block, source[block]
+        tensors.release(name, slice(start + skip, start + skip + rows))
+
+
+def _equal(tensors: Source, one: str, other: str) -> bool:
+    if tensors.info(one).shape != tensors.info(other).shape:
+        return False
+    both = zip(_blocks(tensors, one), _blocks(tensors, other), strict=False)
+    return all(np.array_equal(a, b) for (_, a), (_, b) in both)
+
+
+def _close(tensors: Source, name: str, expected: np.ndarray) -> bool:
+    if tensors.info(name).shape != expected.shape:
+        return False
+    both = ((block.astype(np.float32), expected[rows]) for rows, block in _blocks(tensors, name))
+    return all((np.abs(stored - made) <= NEAR).all() for stored, made in both)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -205,6 +262,8 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
 def _widths(config: Config, path: tuple[str, ...], shape: tuple[int, ...], count: int) -> tuple[int, ...]:
     if count == 1:
         return (shape[-1],)
+    if path[0] == "encoder" and config.encoder is not None:
+        config = config.encoder
     if path[-2] == "qkv":
         return tuple(heads * config.head_dim for heads in (config.query_heads, config.kv_heads, config.kv_heads))
     return (shape[-1] // count,) * count
