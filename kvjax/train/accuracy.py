@@ -57,7 +57,7 @@ def answer(lm: LM, sources: Sequence[str], algorithm: Algorithm | None = None) -
     for start in range(0, len(sources), BATCH):
         part = list(sources[start : start + BATCH])
         filled = part + part[:1] * (BATCH - len(part))  # one shape, one program
-        found = generate(lm, filled, algorithm=algorithm, max_new_tokens=lm.model.max_positions).text
+        found = generate(lm, filled, algorithm=algorithm).text
         assert found is not None
         out += found[: len(part)]
     return out
