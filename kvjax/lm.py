@@ -73,7 +73,7 @@ class LM:
 def load(
     source: str | os.PathLike[str], *, dtype: DType | None = None, strict: bool = False, revision: str | None = None
 ) -> LM:
-    """Loads a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json.
+    """Loads a checkpoint in the Hugging Face layout: config.json, safetensors, tokenizer.json or SentencePiece models.
 
     Args:
         source: a bundled name; a path, if it has a separator or begins with "."; else a hub id.

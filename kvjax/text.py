@@ -1,4 +1,4 @@
-"""Text to ids and back, over the `tokenizers` library, with ids checked and streaming that never breaks a character."""
+"""Text to ids and back, over a tokenizer library, with ids checked and streaming that never breaks a character."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tokenizers
 
 from kvjax.checkpoint.folder import read_json_if_there
 from kvjax.errors import CheckpointError, InputError
+from kvjax.pieces import Pieces, load_pieces
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders put for bytes that are no character, or not yet
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -28,21 +29,24 @@ class Tokenizer:
         bos_id: the beginning-of-sequence token, or None.
         add_bos: put it first, or never; None leaves that to the post-processor of `backend`.
         vocab_size: ids that may be decoded, V; None is what `backend` knows. A model's table can be longer.
+        target: of what the model writes, where that has a backend of its own (translation).
     """
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: tokenizers.Tokenizer | Pieces,
         *,
         bos_id: int | None = None,
         add_bos: bool | None = None,
         vocab_size: int | None = None,
+        target: Pieces | None = None,
     ):
         self.backend = backend
+        self.target = backend if target is None else target
         self.bos_id = bos_id
         self.add_bos = add_bos
-        self._skipped = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        known = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._skipped = {i for i, token in self.target.get_added_tokens_decoder().items() if token.special}
+        known = max(self.target.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.vocab_size = max(known, vocab_size or 0)
 
     def encode(self, text: str) -> list[int]:
@@ -51,16 +55,11 @@ class Tokenizer:
         Raises:
             InputError: `text` is no str, holds a lone surrogate, or is empty and there is no BOS.
         """
-        if not isinstance(text, str):
-            raise InputError(f"encode: text must be a str, not {type(text).__name__}")
+        _check("encode", text)
         if not text:
             if self.bos_id is None:
                 raise InputError("encode: text is empty, and this tokenizer has no BOS token to begin with")
             return [self.bos_id]
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"encode: text holds a lone surrogate at character {error.start}") from None
         ids = list(self.backend.encode(text).ids)
         if self.bos_id is not None and self.add_bos is not None:
             begins = ids[:1] == [self.bos_id]
@@ -70,9 +69,14 @@ class Tokenizer:
                 del ids[0]
         return ids
 
-    def encode_inside(self, text: str) -> list[int]:
-        """Ids of a text without what begins or ends texts: of a piece that goes on from what is there."""
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+    def encode_target(self, text: str) -> list[int]:
+        """Ids of how a target begins, for a model with an encoder: nothing around them, and none of an empty text.
+
+        Raises:
+            InputError: `text` is no str, or holds a lone surrogate.
+        """
+        _check("encode_target", text)
+        return list(self.target.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens.
@@ -101,7 +105,7 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def _decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=True)
+        return self.target.decode(ids, skip_special_tokens=True)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         try:
@@ -115,7 +119,7 @@ class Tokenizer:
 
     def _ends_in_byte(self, ids: list[int]) -> bool:
         for i in reversed(ids):
-            token = self.backend.id_to_token(i)
+            token = self.target.id_to_token(i)
             if token is not None and i not in self._skipped:
                 return _BYTE.fullmatch(token) is not None
         return False
@@ -176,19 +180,20 @@ def load_tokenizer(folder: Path, *, bos_id: int | None = None, vocab_size: int |
     """The tokenizer of a Hugging Face folder.
 
     Args:
-        folder: may hold tokenizer.json and tokenizer_config.json.
+        folder: may hold tokenizer.json, or what `kvjax.pieces` reads, and tokenizer_config.json.
         bos_id: taken where tokenizer_config.json does not say whether there is a BOS.
         vocab_size: rows of the model's table.
 
     Returns:
-        None where there is no tokenizer.json.
+        None where there is no tokenizer.
 
     Raises:
-        CheckpointError: a damaged file, or a BOS that the vocabulary lacks.
+        CheckpointError: a damaged file, a BOS that the vocabulary lacks, or a library that is not installed.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
-        return None
+        pieces = load_pieces(folder)
+        return None if pieces is None else Tokenizer(pieces[0], vocab_size=vocab_size, target=pieces[1])
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
     except Exception as error:  # the library raises bare Exception
@@ -204,7 +209,7 @@ def load_tokenizer(folder: Path, *, bos_id: int | None = None, vocab_size: int |
     return Tokenizer(backend, bos_id=bos_id, add_bos=add_bos, vocab_size=vocab_size)
 
 
-def special_id(backend: tokenizers.Tokenizer, values: dict[str, Any], key: str, folder: Path) -> int | None:
+def special_id(backend: tokenizers.Tokenizer | Pieces, values: dict[str, Any], key: str, folder: Path) -> int | None:
     """The id of a token that tokenizer_config.json names, as text or as an object with `content`; None for null."""
     token = values.get(key)
     if isinstance(token, dict):
@@ -217,6 +222,15 @@ def special_id(backend: tokenizers.Tokenizer, values: dict[str, Any], key: str, 
             f"{folder}: tokenizer_config.json names {key} {ascii(token)[:60]}, tokenizer.json has no such token"
         )
     return found
+
+
+def _check(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"{name}: text must be a str, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{name}: text holds a lone surrogate at character {error.start}") from None
 
 
 def _common(a: str, b: str) -> int:

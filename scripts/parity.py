@@ -1,8 +1,8 @@
 """Makes the golden files of tests/golden with whatever torch and transformers are importable, and checks kvjax on them.
 
-    python scripts/parity.py                  # needs torch and transformers: writes *.npz and rotations.json there
+    python scripts/parity.py                  # needs torch, transformers, sentencepiece: writes all files there
     python scripts/parity.py --check          # needs jax: the library against the files, one line a case
-    python scripts/parity.py --only llama     # cases whose name contains the word
+    python scripts/parity.py --only llama     # cases whose name contains the word; or `tokenizers`
 
 A file holds config.json, the tensors' names and shapes, versions, and per seed: logits [64, V] on random tokens, the
 ids of 64 greedy steps with the logits [64, V] that chose them and the smallest gap between the best two, and the last
@@ -12,6 +12,7 @@ logits of the rows of a ragged batch. Weights are made from the seed (tests/gold
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import json
 import random
@@ -135,6 +136,74 @@ def make_rotations(count: int = 100) -> list[dict[str, Any]]:
     return made
 
 
+ENGLISH = "the cat sat on a mat, and they were happy. who saw 12 hats? it's the dog's hat!"
+GERMAN = "die katze saß auf der matte, und sie waren froh. wer sah 12 hüte? es ist der hut des hundes!"
+TEXTS = [
+    "the cat sat on the mat.",
+    "  two  spaces, and  ",
+    "<extra_id_0> saw <extra_id_1>.",
+    "who</s>sat",
+    ">>de<< the dog's hats",
+    ">>xx<< happy?",
+    "übrigens 猫",
+    "<pad>the<unk> mat",
+]
+
+
+def make_tokenizers() -> dict[str, Any]:
+    """Tiny SentencePiece models, and what the tokenizers of Transformers make of `TEXTS` with them."""
+    import sentencepiece
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+    def train(text: str, folder: Path, name: str, **special: int) -> list[str]:
+        words, rng = text.split(), random.Random(0)
+        lines = [" ".join(rng.choices(words, k=8)) for _ in range(200)]
+        options = {"vocab_size": 60, "hard_vocab_limit": False, "minloglevel": 2, "normalization_rule_name": "identity"}
+        with (folder / name).open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=file, character_coverage=1.0, **options, **special
+            )
+        found = sentencepiece.SentencePieceProcessor(model_file=str(folder / name))
+        return [found.id_to_piece(i) for i in range(found.get_piece_size())]
+
+    def pack(folder: Path) -> dict[str, str]:
+        return {path.name: base64.b64encode(path.read_bytes()).decode() for path in sorted(folder.iterdir())}
+
+    made: dict[str, Any] = {"versions": {"transformers": transformers.__version__}, "texts": TEXTS}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train(ENGLISH + " " + GERMAN, folder, "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+        made["t5"] = {"files": pack(folder)}
+        tokenizer = transformers.T5Tokenizer.from_pretrained(folder)
+        made["t5"]["ids"] = [tokenizer(text)["input_ids"] for text in TEXTS]
+        made["t5"]["decoded"] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in made["t5"]["ids"]]
+    for kind, separate in (("marian", False), ("marian_separate", True)):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            sides = {"source": train(ENGLISH, folder, "source.spm"), "target": train(GERMAN, folder, "target.spm")}
+            special = ["</s>", "<unk>", *(() if separate else (">>de<<",))]
+
+            def vocab(*pieces: str, special: list[str] = special) -> str:
+                return json.dumps({p: i for i, p in enumerate(dict.fromkeys([*special, *sorted(pieces), "<pad>"]))})
+
+            if separate:
+                (folder / "vocab.json").write_text(vocab(*sides["source"]))
+                (folder / "target_vocab.json").write_text(vocab(*sides["target"][:-3]))
+                (folder / "tokenizer_config.json").write_text('{"separate_vocabs": true}')
+            else:
+                (folder / "vocab.json").write_text(vocab(*sides["source"], *sides["target"][:-3]))
+            made[kind] = {"files": pack(folder)}
+            tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
+            made[kind]["ids"] = [tokenizer(text)["input_ids"] for text in TEXTS]
+            # without the last: there Transformers takes the padding of the sources' vocabulary
+            made[kind]["target_ids"] = [tokenizer(text_target=text)["input_ids"][:-1] for text in TEXTS[:-1]]
+            ids = made[kind]["target_ids"]
+            made[kind]["decoded"] = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    return made
+
+
 def read(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A golden file's description and its arrays."""
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
@@ -245,6 +314,8 @@ def main() -> int:
     if not args.only:
         lines = ",\n".join(json.dumps(rotation) for rotation in make_rotations())
         (GOLDEN / "rotations.json").write_text(f"[\n{lines}\n]\n")
+    if args.only in ("", "tokenizers"):
+        (GOLDEN / "tokenizers.json").write_text(json.dumps(make_tokenizers(), indent=1) + "\n")
     return 0
 
 

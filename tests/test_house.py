@@ -29,7 +29,7 @@ ROOMS = (
     ("model",),
     ("caching",),
     ("sampling",),
-    ("checkpoint", "text"),
+    ("checkpoint", "pieces", "text"),
     ("lm", "persist"),
     ("loops",),
     ("donating",),

@@ -249,9 +249,9 @@ def test_the_textbook_integers_are_those_of_arrays(store, size):
     assert sub == lines["outputs of all sub-layers"] == 3 * 6 * 4 * 100 * 512 * size
     assert kv + sub == lines["K/V and all sub-layers"] == 7 * outputs
     states = nbytes(made(caches.dense(), caches.encoder_output())) - beside
-    assert states == lines["K/V of text, encoder output"] == kv // 2 + 4 * 100 * 512 * size
+    assert states == lines["text K/V, encoder output"] == kv // 2 + 4 * 100 * 512 * size
     padded = nbytes(made(caches.dense(), slots=128)) - costs.container_nbytes(4, 128) - costs.source_nbytes(4)
-    assert padded == lines["K/V, positions padded to 128"] == {4: 24 * 2**20, 2: 12 * 2**20}[size]
+    assert padded == lines["K/V, padded to 128"] == {4: 24 * 2**20, 2: 12 * 2**20}[size]
     assert lines["both of these"] == kv + outputs
 
 

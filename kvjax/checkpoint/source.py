@@ -17,6 +17,11 @@ PATTERNS = [
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*.safetensors",
+    "spiece.model",
+    "source.spm",
+    "target.spm",
+    "vocab.json",
+    "target_vocab.json",
 ]
 
 

@@ -135,15 +135,15 @@ def _short(value: float) -> str:
 
 def _heading(about: dict[str, Any], made: Comparison) -> list[str]:
     rounds = len(next(row for row in made.rows if row.refused is None).seconds["token"])
+    middle = made.config.num_layers // 2
     rows = "1 row" if made.batch == 1 else f"{made.batch} rows"
     read = ""
     if (of := made.source) is not None:
         read = f"; {of.rows} source{'s' * (of.rows > 1)} of {of.tokens} tokens in {of.slots} slots"
     return [
         f"{about['model']}, {about['dtype']}: {rows}, {made.context} tokens and {made.new} new ones{read}",
-        f"times: medians of {rounds} rounds in turn; tokens in one loop, a step in a call of its own; "
-        f"an edit goes back {made.edited} tokens and feeds others, "
-        f"resuming runs as many again from layer {made.config.num_layers // 2} on",
+        f"times: medians of {rounds} rounds in turn; tokens in one loop, a step in a call of its own; an edit goes "
+        f"back {made.edited} tokens and feeds others, resuming runs as many again from layer {middle} on",
         f"{about['device']}, {about['cores']} cores, load {about['load']}; jax {about['jax']}, "
         f"Python {about['python']}, kvjax {about['kvjax']}; {about['day']}",
     ]

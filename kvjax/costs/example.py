@@ -85,8 +85,8 @@ def textbook() -> tuple[Line, ...]:
         ("both of these", lambda store: both(store) + streams(store, 1), 36, BATCH),
         ("outputs of all sub-layers", lambda store: streams(store, sites), None, 1),
         ("K/V and all sub-layers", lambda store: both(store) + streams(store, sites), None, 1),
-        ("K/V of text, encoder output", states, None, 1),
-        (f"K/V, positions padded to {PADDED}", lambda store: both(store, PADDED), None, 1),
+        ("text K/V, encoder output", states, None, 1),
+        (f"K/V, padded to {PADDED}", lambda store: both(store, PADDED), None, 1),
     )
     return tuple(Line(kept, f(jnp.float32), f(jnp.bfloat16), *rest) for kept, f, *rest in lines)
 

@@ -108,7 +108,7 @@ def targets_of(lm: LM | Model, target: Any, rows: int) -> list[list[int]]:
     found = []
     for row, forced in enumerate(each):
         if isinstance(forced, str):
-            forced = _with_tokenizer(lm, f"target {row}").encode_inside(forced)
+            forced = _with_tokenizer(lm, f"target {row}").encode_target(forced)
         more = _ids(f"target {row}", forced, model_of(lm).vocab_size) if np.size(forced) else []
         found.append([*getattr(lm, "start_ids", ()), *more])
         if not found[-1]:

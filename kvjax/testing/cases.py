@@ -12,22 +12,58 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import caches, sampling
-from kvjax.caches.base import Cache
-from kvjax.caching import init_cache
-from kvjax.config import Config
+from kvjax.caches.base import SOURCE, Cache
+from kvjax.caches.codecs import Store
+from kvjax.caches.cross import Source
+from kvjax.caching import encode, init_cache
+from kvjax.config import Config, NormOrder
 from kvjax.loops.decode import prefill, step
 from kvjax.model import Model, decoder
+from kvjax.ops import activations
 from kvjax.ops.attention import EMPTY
+from kvjax.ops.norms import LayerNorm
+from kvjax.ops.positions import Learned, Relative, Sinusoidal
 from kvjax.params import init_params
 from kvjax.types import Array
 
 VOCAB, WINDOW, BATCH, CAPACITY, STEPS = 96, 6, 3, 96, 12
 PROMPTS = np.array([16, 7, 1], np.int32)
 """Lengths of a ragged batch of prompts: a whole bucket, a part of one, a single token."""
+SOURCES = np.array([11, 1, 16], np.int32)
+"""Lengths of source texts: a part of a bucket, a single token, a whole bucket."""
 
 FULL = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, tied=False)
 WINDOWED = dataclasses.replace(FULL, windows=(WINDOW, WINDOW))
 MIXED = dataclasses.replace(FULL, windows=(WINDOW, None))
+RELATIVE = dataclasses.replace(
+    FULL,
+    positions=Relative(8, 16),
+    encoder=dataclasses.replace(
+        FULL, num_layers=1, windows=(), positions=Relative(8, 16, bidirectional=True), tied=True
+    ),
+)
+"""An encoder and a decoder as T5 has them: distances in buckets, norms before the sub-layers."""
+SINUSOIDAL = Config(
+    VOCAB,
+    1,
+    32,
+    query_heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn_width=48,
+    norm=LayerNorm(),
+    norm_order=NormOrder.POST,
+    activation=activations.relu,
+    gated=False,
+    positions=Sinusoidal(),
+    qkv_bias=True,
+    out_bias=True,
+    ffn_bias=True,
+    tied=False,
+    encoder=Config(VOCAB, 1, 24, 3, 1, 8, 40, 16, LayerNorm(), positions=Learned(16), embed_norm=True, tied=False),
+)
+"""As in the first Transformer: waves, norms after the sub-layers, biases; its encoder has another width and a table of
+its own, and 16 positions."""
 SAMPLER = sampling.chain(sampling.temperature(0.9))
 
 
@@ -59,6 +95,9 @@ class Case:
         scarce: for kinds whose layers share something that can run out, a plan that has enough for the prompts of the
             suite, 16, 7 and 1 tokens, and not for a token more in the first row.
         error: of an approximation, how far its logits may be from those of the reference, root mean square.
+        cross: for a model with an encoder, what is kept of the source; None is `caches.cross()`. The reference projects
+            it again at every call.
+        share: for such a model, rows that read one source; a divisor of 3.
     """
 
     name: str
@@ -72,6 +111,8 @@ class Case:
     begin: Callable[..., Cache] | None = None
     scarce: Any = None
     error: float = 0.0
+    cross: Any = None
+    share: int = 1
 
     @property
     def model(self) -> Model:
@@ -86,9 +127,23 @@ class Case:
         """A cache that nothing was fed to."""
         return self.empty_for(self.model, batch, capacity)
 
-    def empty_for(self, model: Model, batch: int = BATCH, capacity: int = CAPACITY) -> Cache:
-        """A cache for another model with as many layers."""
-        return (self.begin or _begin)(model, self.plan, batch, capacity)
+    def empty_for(
+        self, model: Model, batch: int = BATCH, capacity: int = CAPACITY, source: Source | None = None
+    ) -> Cache:
+        """A cache for another model with as many layers, and for another source."""
+        if self.begin is not None:
+            return self.begin(model, self.plan, batch, capacity)
+        if source is None:
+            source = self.source(model, batch)
+        how = {"source": source, "cross": None if source is None else self.cross}
+        return init_cache(model, self.plan, batch=batch, capacity=capacity, **how)
+
+    def source(self, model: Model, batch: int = BATCH) -> Source | None:
+        """What the rows attend to: ragged, padded with tokens that mean nothing; None without an encoder."""
+        if model.encode is None:
+            return None
+        rows = batch // self.share
+        return encode(model, source_ids(rows), np.resize(SOURCES, rows))
 
     def filled(self, seed: int = 0, valid: Any = PROMPTS) -> tuple[Array, Cache]:
         """Logits and a cache after a ragged prefill."""
@@ -104,16 +159,19 @@ class Case:
 
     def of_reference(self) -> Case:
         """The reference as a case: the same for all cases that share it, so that what it gives is computed once."""
-        return Case("reference", self.reference, self.config, self.reference, refuses=self.refuses, begin=self.begin)
-
-
-def _begin(model: Model, plan: Any, batch: int, capacity: int) -> Cache:
-    return init_cache(model, plan, batch=batch, capacity=capacity)
+        cross = None if self.config.encoder is None else caches.encoder_output()
+        same = {"refuses": self.refuses, "begin": self.begin, "cross": cross, "share": self.share}
+        return Case("reference", self.reference, self.config, self.reference, **same)
 
 
 def prompt_ids(seed: int = 0, batch: int = BATCH, length: int = 16, vocab: int = VOCAB) -> np.ndarray:
     """`[batch, length]` int32, random."""
     return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
+
+
+def source_ids(rows: int, seed: int = 11) -> np.ndarray:
+    """`[rows, 16]` int32, random."""
+    return prompt_ids(seed, rows)
 
 
 def _fed(model: Model, cache: Cache, lengths: np.ndarray) -> tuple[Array, Cache]:
@@ -167,6 +225,16 @@ def kept(cache: Cache) -> dict[str, np.ndarray]:
     return found
 
 
+def read_of_sources(cache: Cache) -> list[Any]:
+    """What is kept of the source that each row reads, as lists of `[K, n, D]`; empty lists without one."""
+    entry = cache.shared.get(SOURCE)
+    if entry is None:
+        return [[]] * cache.batch
+    stores = jax.tree.leaves(entry, is_leaf=lambda x: isinstance(x, Store))
+    every = [np.asarray(x.unpacked(entry.lengths)) for x in stores if isinstance(x, Store)]
+    return [[x[i, :, :n] for x in every] for i, n in enumerate(entry.lengths.tolist()) for _ in range(entry.share)]
+
+
 def slots(cache: Cache, row: int) -> list[bytes]:
     """What all slots of a row hold, whether live or not."""
     every = [node.contents(cache.lengths, cache.shared)[:2] for node in cache.layers if not node.replays]
@@ -186,11 +254,13 @@ def same(cache: Cache, other: Cache, what: str, row: int | None = None, other_ro
     )
     expect(row is not None or cache.batch == other.batch, f"{what}: {cache.batch} rows for {other.batch}")
     mine, theirs = kept(cache), kept(other)
+    sources = read_of_sources(cache), read_of_sources(other)
     tokens, others, sizes, wanted = (np.asarray(x) for x in (cache.tokens, other.tokens, cache.lengths, other.lengths))
     for a, b in pairs:
         size, want = int(sizes[a]), int(wanted[b])
         expect(size == want, f"{what}: row {a} has length {size}, not {want}")
         equal(tokens[a, :size], others[b, :size], f"{what}: tokens of row {a}")
+        equal(sources[0][a], sources[1][b], f"{what}: the source of row {a}")
         for layer in range(len(cache.layers)):
             for name in ("positions", "keys", "values"):
                 if f"{name} {layer} {a}" in mine or f"{name} {layer} {b}" in theirs:
@@ -202,6 +272,8 @@ __all__ = [
     "Case",
     "tiny",
     "prompt_ids",
+    "source_ids",
+    "read_of_sources",
     "steps_over",
     "expect",
     "bits",
@@ -212,11 +284,14 @@ __all__ = [
     "FULL",
     "WINDOWED",
     "MIXED",
+    "RELATIVE",
+    "SINUSOIDAL",
     "WINDOW",
     "VOCAB",
     "BATCH",
     "CAPACITY",
     "STEPS",
     "PROMPTS",
+    "SOURCES",
     "SAMPLER",
 ]

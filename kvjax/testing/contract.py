@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvjax.errors import KvjaxError
-from kvjax.testing import moves, programs, promises
+from kvjax.testing import moves, programs, promises, sources
 from kvjax.testing.cases import Case
 from kvjax.testing.sharded import sharded
 
@@ -21,6 +21,9 @@ suite: list[Check] = [
     promises.past_capacity,
     promises.rewind_beyond_the_slack,
     promises.runs_out,
+    sources.source_stays,
+    sources.refused_source,
+    sources.own_source,
     promises.neighbours,
     promises.ragged_rewind,
     moves.types,

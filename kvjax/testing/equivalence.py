@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import caches
+from kvjax.caches.cross import Source
 from kvjax.caching import init_cache
 from kvjax.errors import InputError
 from kvjax.loops.decode import bucket, prefill, step
@@ -165,6 +166,8 @@ def check_equivalence(
     seeds: Sequence[int] = SEEDS,
     splits: Sequence[Sequence[int]] | None = None,
     distinct: int = DISTINCT,
+    source: Source | None = None,
+    cross: Any = None,
 ) -> Report:
     """Shows that plans give a model's tokens as recomputing everything from scratch does.
 
@@ -180,6 +183,8 @@ def check_equivalence(
         splits: ways to cut the prompts into chunks of so many tokens; None is whole, in two uneven pieces, in three,
             and one by one.
         distinct: how many distinct tokens a compared row must have. A model that repeats itself proves little.
+        source: from `kvjax.encode`, what the rows attend to; as for `init_cache`.
+        cross: what the plans keep of it; the reference projects it again at every call.
 
     Returns:
         A report; `print(report)`, `report.ok`, `report.raise_if_failed()`.
@@ -191,7 +196,8 @@ def check_equivalence(
     chosen = (greedy(), sampled()) if algorithms is None else tuple(algorithms)
     if not named or not chosen:
         raise InputError("check_equivalence: give at least one plan and one algorithm")
-    vocab = jax.eval_shape(forward, model, jax.ShapeDtypeStruct((1, 1), jnp.int32)).shape[-1]
+    rows = 1 if source is None else source.lengths.shape[0]
+    vocab = jax.eval_shape(forward, model, jax.ShapeDtypeStruct((rows, 1), jnp.int32), source=source).shape[-1]
     batches = {seed: _batch(prompts, seed, vocab) for seed in seeds}
     cuts = cuts_of(max(int(lengths.max()) for _, lengths in batches.values())) if splits is None else splits
     found, wanted = [], {}
@@ -199,7 +205,7 @@ def check_equivalence(
         for algorithm in chosen:
             one: list[_One] = []
             for seed, (ids, lengths) in batches.items():
-                run = _Run(model, algorithm, ids, lengths, seed)
+                run = _Run(model, algorithm, ids, lengths, seed, source, cross)
                 key = (reference, id(algorithm), seed)
                 if key not in wanted:
                     wanted[key] = run.reference(reference)
@@ -238,6 +244,8 @@ class _Run:
     ids: np.ndarray
     lengths: np.ndarray
     seed: int
+    source: Source | None
+    cross: Any
 
     @property
     def seeds(self) -> np.ndarray:
@@ -247,19 +255,25 @@ class _Run:
     def capacity(self) -> int:
         return -(-(self.ids.shape[1] + self.algorithm.steps) // 32) * 32
 
-    def prefilled(self, plan: Any, cut: Sequence[int]) -> tuple[Array, Any]:
-        cache = init_cache(self.model, plan, batch=len(self.ids), capacity=self.capacity)
+    @property
+    def recomputed(self) -> Any:
+        return None if self.source is None else caches.encoder_output()
+
+    def prefilled(self, plan: Any, cross: Any, cut: Sequence[int]) -> tuple[Array, Any]:
+        how = {"source": self.source, "cross": cross}
+        cache = init_cache(self.model, plan, batch=len(self.ids), capacity=self.capacity, **how)
         return fed_in_chunks(self.model, cache, self.ids, self.lengths, cut)
 
     def reference(self, plan: Any) -> tuple[np.ndarray, np.ndarray]:
         """New tokens, and logits of every position over them."""
-        logits, cache = self.prefilled(plan, (self.ids.shape[1],))
+        whole = (self.ids.shape[1],)
+        logits, cache = self.prefilled(plan, self.recomputed, whole)
         tokens, _ = self.algorithm.tokens(self.model, cache, logits, self.seeds)
-        return tokens, self.taught(plan, tokens, (self.ids.shape[1],))
+        return tokens, self.taught(plan, self.recomputed, tokens, whole)
 
-    def taught(self, plan: Any, tokens: np.ndarray, cut: Sequence[int]) -> np.ndarray:
+    def taught(self, plan: Any, cross: Any, tokens: np.ndarray, cut: Sequence[int]) -> np.ndarray:
         """Logits `[1 + steps, B, V]` after the prompt and after each of the new tokens."""
-        logits, cache = self.prefilled(plan, cut)
+        logits, cache = self.prefilled(plan, cross, cut)
         found = [np.asarray(logits)]
         for each in tokens.T:
             logits, cache = step(self.model, cache, each)
@@ -268,9 +282,9 @@ class _Run:
 
     def compare(self, plan: Any, reference: Any, wanted: tuple[np.ndarray, np.ndarray], cut: Sequence[int]) -> _One:
         want, logits = wanted
-        start, cache = self.prefilled(plan, cut)
+        start, cache = self.prefilled(plan, self.cross, cut)
         got, _ = self.algorithm.tokens(self.model, cache, start, self.seeds)
-        mine = self.taught(plan, want, cut)
+        mine = self.taught(plan, self.cross, want, cut)
         worst = float(np.max(np.abs(mine - logits)) / (np.max(np.abs(logits)) or 1))
         tokens, differences = 0, []
         for row in range(len(want)):
@@ -288,7 +302,8 @@ class _Run:
         """Recomputed from scratch: what the algorithm compares after `text`, and the largest logit."""
         size = bucket(self.capacity)
         rows = np.tile(np.pad(text, (0, size - len(text))), (len(self.ids), 1))
-        cache = init_cache(self.model, plan, batch=len(rows), capacity=size)
+        how = {"source": self.source, "cross": self.recomputed}
+        cache = init_cache(self.model, plan, batch=len(rows), capacity=size, **how)
         logits, _ = prefill(self.model, cache, rows, np.full(len(rows), len(text), np.int32))
         found = self.algorithm.scores(logits, len(text), self.seeds)
         return np.asarray(found)[row], float(jnp.max(jnp.abs(logits[row])))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.caches.base import Cache
+from kvjax.caches.base import SOURCE, Cache
 from kvjax.loops.decode import prefill, step
 from kvjax.model import forward
 from kvjax.testing.cases import (
@@ -134,7 +134,8 @@ def jit_is_eager(case: Case) -> None:
 def types(case: Case) -> None:
     """No operation changes structure, shapes or dtypes: nothing is compiled again; `eval_shape` tells the same."""
     _, cache = case.filled()
-    same_type = [cache, step(case.model, cache, FEED[0])[1], cache.rewind(cache.lengths), cache.take([0, 1, 2])]
+    same_type = [cache, step(case.model, cache, FEED[0])[1], cache.rewind(cache.lengths)]
+    same_type += [cache.take([0, 1, 2])] if case.share == 1 else []  # afterwards every row has a source of its own
     same_type += [cache.reorder([2, 0, 1]), cache.resize(CAPACITY + 32).resize(CAPACITY), cache.release([0])]
     same_type.append(jax.tree.unflatten(*reversed(jax.tree.flatten(cache))))
     want: Any = jax.tree.map(_aval, case.empty())
@@ -223,6 +224,8 @@ def _gradients(case: Case) -> tuple[Any, Any]:
 
     def loss(params: Any, cache: Cache) -> Any:
         model = case.model.replace(params=params)
+        if case.config.encoder is not None:  # the source is encoded with these parameters, too
+            cache = cache.replace(shared=cache.shared | {SOURCE: case.empty_for(model).shared[SOURCE]})
         logits, cache = prefill(model, cache, text[:, :9])
         found = [logits]
         logits, cache = step(model, cache, text[:, 9])
@@ -245,7 +248,8 @@ def _wanted_gradients(case: Case) -> Any:
     text, target = jnp.asarray(prompt_ids(2)), jnp.asarray(prompt_ids(3))
 
     def loss(params: Any) -> Any:
-        return _loss(forward(case.model.replace(params=params), text)[:, 8:], target[:, 8:])
+        model = case.model.replace(params=params)
+        return _loss(forward(model, text, source=case.source(model))[:, 8:], target[:, 8:])
 
     return jax.jit(jax.grad(loss))(_small(case.model))
 

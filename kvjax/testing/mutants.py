@@ -9,6 +9,7 @@ where it changes anything at all:
 - a plan that keeps nothing writes nowhere, and a token too many lies behind the query that its logits are of;
 - keys that are not turned have no position, and codes of whole numbers and approximations no gradient to compare;
 - the flag of a full cache is the container's: a kind has flags of its own where rewinding or a pool has a limit;
+- what is kept of a source is broken where there is one; rows are mixed up only where there are several;
 - pages are released too early only where a rewind gives some back, and rows move only where something is kept in rows.
 """
 
@@ -112,6 +113,46 @@ def _under_jit(end: Array, rows: Array) -> Array:
     return jnp.roll(rows, 1) if isinstance(rows, jax.core.Tracer) else rows
 
 
+def _has_source(facts: Facts) -> bool:
+    return facts.sources > 0
+
+
+def _has_sources(facts: Facts) -> bool:
+    return facts.sources > 1
+
+
+def _each_read(change: Callable[[View], View]) -> Callable[..., tuple[View, ...]]:
+    return lambda views: tuple(change(view) for view in views)
+
+
+def _of_row(which: Callable[[Array], Array]) -> Callable[[View], View]:
+    def change(view: View) -> View:
+        rows = which(jnp.arange(view.positions.shape[0]))
+
+        def taken(buffer: Array | None) -> Array | None:
+            if buffer is None:
+                return None
+            x = buffer.reshape(rows.shape[0], -1, *buffer.shape[1:])  # [R, K, S, ...]
+            return jnp.take(x, rows, axis=0).reshape(buffer.shape)
+
+        parts = {name: taken(getattr(view, name)) for name in ("k", "v", "k_scale", "v_scale", "k_zero", "v_zero")}
+        return view.replace(positions=view.positions[rows], **parts)
+
+    return change
+
+
+def _left(entry: Any, *arguments: Any) -> Any:
+    return entry
+
+
+def _without_lengths(entry: Any, rows: Array) -> Any:
+    return entry.take(rows)[0].replace(lengths=jnp.resize(entry.lengths, rows.shape))
+
+
+def _by_turns(entry: Any, rows: Array, copies: int) -> Any:
+    return entry.take(jnp.arange(rows.shape[0], dtype=jnp.int32) % (rows.shape[0] // copies))[0]
+
+
 MUTANTS = (
     Mutant("start + 1", span=_shift(start=1)),
     Mutant("start - 1", span=_shift(start=-1)),
@@ -151,6 +192,41 @@ MUTANTS = (
     Mutant("flag never set", lambda facts: facts.slack, unlimited=True, seen_by="rewind_beyond_the_slack"),
     Mutant(
         "a page released too early", lambda facts: facts.shares, lengths=lambda lengths: lengths // 2, seen_by="rewind"
+    ),
+    Mutant("source: seen in order", _has_source, read=_each_read(lambda view: view.replace(causal=True))),
+    Mutant(
+        "source: padding seen",
+        _has_source,
+        read=_each_read(lambda view: view.replace(positions=jnp.where(view.positions == EMPTY, 0, view.positions))),
+    ),
+    Mutant("source: the next row's", _has_sources, read=_each_read(_of_row(lambda rows: (rows + 1) % rows.shape[0]))),
+    Mutant("source: that of row 0", _has_sources, read=_each_read(_of_row(jnp.zeros_like))),
+    Mutant(
+        "source: gradient stopped",
+        lambda facts: facts.exact and facts.sources > 0,
+        read=_each_read(lambda view: jax.tree.map(lax.stop_gradient, view)),
+        seen_by="gradients",
+    ),
+    Mutant("source: refused without a flag", _has_source, entry={"reserve": _left}, seen_by="refused_source"),
+    Mutant("source: lengths left by a take", _has_sources, entry={"take": _without_lengths}, seen_by="rows"),
+    Mutant("source: fork by turns", _has_sources, entry={"fork": _by_turns}, seen_by="rows"),
+    Mutant(
+        "source: fork copies",
+        _has_source,
+        entry={"fork": lambda entry, rows, copies: entry.take(rows)[0]},
+        seen_by="source_stays",
+    ),
+    Mutant(
+        "source: reorder copies",
+        lambda facts: facts.shared,
+        entry={"reorder": lambda entry, beams: entry.take(beams)[0]},
+        seen_by="source_stays",
+    ),
+    Mutant(
+        "source: reorder leaves a row's own",
+        lambda facts: facts.sources > 1 and not facts.shared,
+        entry={"reorder": _left},
+        seen_by="rows",
     ),
 )
 """Every mutant, each wrong in one way."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kvjax import struct
-from kvjax.caches.base import Kind, LayerShape, Node, Project, Shared, Span
+from kvjax import caches, struct
+from kvjax.caches.base import SOURCE, Kind, LayerShape, Node, Project, Shared, Span
+from kvjax.caches.cross import CrossKind
 from kvjax.loops.decode import VALUE
 from kvjax.ops.attention import View
 from kvjax.ops.positions import Rope
@@ -32,6 +33,8 @@ class Facts:
         moves: whether taking rows changes a node.
         shares: whether layers have something in common that a rewind gives back.
         floats: whether all buffers that keys and values are read from are floating.
+        sources: rows of the source; 0 where there is none.
+        shared: whether several rows read one source.
     """
 
     keeps: bool
@@ -44,6 +47,8 @@ class Facts:
     moves: bool
     shares: bool
     floats: bool
+    sources: int
+    shared: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +70,9 @@ class Mutant:
             lost.
         lengths: what the entries that layers share are told to rewind to.
         grown: what becomes of a node that was resized.
+        read: `(views) -> views`, what cross-attention reads of the source.
+        entry: by the name of an operation, `(entry, *arguments) -> entry` in its place, for what is kept of the source;
+            flags are lost.
         seen_by: the check that most likely sees it, by name; tried first.
     """
 
@@ -81,6 +89,8 @@ class Mutant:
     unlimited: bool = False
     lengths: Callable[[Array], Array] | None = None
     grown: Callable[[Any], Any] | None = None
+    read: Callable[[tuple[View, ...]], tuple[View, ...]] | None = None
+    entry: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     seen_by: str = "same_logits"
 
     def __call__(self, plan: Any) -> Any:
@@ -96,7 +106,9 @@ class Mutant:
     def of(self, case: Case) -> Case:
         """The case with its plans broken."""
         scarce = None if case.scarce is None else self(case.scarce)
-        return dataclasses.replace(case, name=f"{case.name}, {self.name}", plan=self(case.plan), scarce=scarce)
+        cross = MutatedCross(case.cross or caches.cross(), self) if case.config.encoder else None
+        name = f"{case.name}, {self.name}"
+        return dataclasses.replace(case, name=name, plan=self(case.plan), scarce=scarce, cross=cross)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +287,67 @@ class MutatedShared(Shared):
         return self._ask(self.inner.join(other.inner))
 
 
+@dataclasses.dataclass(frozen=True)
+class MutatedCross(CrossKind):
+    """Keeps of a source what another word keeps, broken."""
+
+    inner: Any
+    mutant: Mutant
+
+    def of(self, source: Any, share: int, ask: Any) -> Any:
+        """See `CrossKind`."""
+        return MutatedSource(self.inner.of(source, share, ask), self.mutant)
+
+
+@struct.node
+class MutatedSource(Shared):
+    """What is kept of a source, broken."""
+
+    inner: Any
+    mutant: Mutant = struct.static()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def _ask(self, name: str, *arguments: Any) -> tuple[Any, Array]:
+        entry, flags = getattr(self.inner, name)(*arguments)
+        if name in self.mutant.entry:
+            entry, flags = self.mutant.entry[name](self.inner, *arguments), jnp.zeros_like(flags)
+        return self.replace(inner=entry), flags
+
+    def views(self, layer: int, project: Project) -> tuple[View, ...]:
+        """What cross-attention reads."""
+        views = self.inner.views(layer, project)
+        return views if self.mutant.read is None else self.mutant.read(views)
+
+    def reserve(self, span: Span) -> tuple[Any, Array]:
+        """See `Shared`."""
+        return self._ask("reserve", span)
+
+    def take(self, rows: Array) -> tuple[Any, Array]:
+        """See `Shared`."""
+        return self._ask("take", rows)
+
+    def reorder(self, beams: Array) -> tuple[Any, Array]:
+        """See `Shared`."""
+        return self._ask("reorder", beams)
+
+    def fork(self, rows: Array, copies: int) -> tuple[Any, Array]:
+        """See `Shared`."""
+        return self._ask("fork", rows, copies)
+
+    def alike(self, other: Any) -> tuple[Any, Any]:
+        """See `Shared`."""
+        mine, its = self.inner.alike(other.inner)
+        return self.replace(inner=mine), other.replace(inner=its)
+
+    def join(self, other: Any) -> tuple[Any, Array]:
+        """See `Shared`."""
+        return self._ask("join", other.inner)
+
+
 @functools.cache
 def facts_of(case: Case) -> Facts:
     """Looks at a case's views and projections while a prefill is traced; computes nothing."""
@@ -298,6 +371,7 @@ def facts_of(case: Case) -> Facts:
     moved = jax.make_jaxpr(lambda nodes, rows: [node.inner.take(rows, cache.shared, cache.shared) for node in nodes])
     lengths = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     given = jax.make_jaxpr(lambda shared, n: [entry.rewind(n)[0] for entry in shared.values()])(cache.shared, lengths)
+    source = cache.shared.get(SOURCE)
     windows = [min((w for w in (view.window, own) if w is not None), default=None) for view, own in seen]
     return Facts(
         keeps=case.keeps,
@@ -307,10 +381,13 @@ def facts_of(case: Case) -> Facts:
         window=any(window is not None for window in windows),
         narrows=any(view.window is not None and (own is None or view.window < own) for view, own in seen),
         turned=any(turned) and isinstance(case.config.positions, Rope),
-        moves=bool(cache.shared) or bool(moved(cache.layers, jax.ShapeDtypeStruct((BATCH,), jnp.int32)).jaxpr.eqns),
+        moves=bool(cache.shared.keys() - {SOURCE})
+        or bool(moved(cache.layers, jax.ShapeDtypeStruct((BATCH,), jnp.int32)).jaxpr.eqns),
         shares=any(out not in given.jaxpr.invars for out in given.jaxpr.outvars),
         floats=all(jnp.issubdtype(view.k.dtype, jnp.floating) for view, _ in seen),
+        sources=0 if source is None else source.lengths.shape[0],
+        shared=case.share > 1,
     )
 
 
-__all__ = ["Mutant", "Facts", "facts_of", "Mutated", "MutatedShared", "MutatedKind"]
+__all__ = ["Mutant", "Facts", "facts_of", "Mutated", "MutatedShared", "MutatedKind", "MutatedCross"]

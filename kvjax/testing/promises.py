@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import sampling
+from kvjax.caches import storage
 from kvjax.caches.base import CAPACITY as FULL_CACHE
-from kvjax.caches.base import POSITIONS, REWIND, Cache
+from kvjax.caches.base import POSITIONS, REWIND, SOURCE, Cache
 from kvjax.caches.codecs import Store
 from kvjax.errors import CacheError
 from kvjax.loops.decode import VALUE, decode, prefill, step
@@ -87,7 +88,9 @@ def same_tokens(case: Case, seeds: tuple[int, ...] = (0,)) -> None:
             ids = prompt_ids(seed)
             prompts = [ids[row, :n].tolist() for row, n in enumerate(PROMPTS)]
             plans = {case.name: against(case.plan, case.reference)}
-            check_equivalence(case.seeded(seed), plans, [LONG], prompts=prompts, seeds=[seed]).raise_if_failed()
+            model = case.seeded(seed)
+            sources = {"source": case.source(model), "cross": case.cross if model.encode else None}
+            check_equivalence(model, plans, [LONG], prompts=prompts, seeds=[seed], **sources).raise_if_failed()
 
 
 def scan_is_the_step_loop(case: Case) -> None:
@@ -211,16 +214,32 @@ def neighbours(case: Case) -> None:
 
 
 def poisoned(cache: Cache) -> Cache:
-    """An empty cache whose slots hold NaN keys and scales of keys, huge finite values, and ids of nothing."""
+    """An empty cache whose slots, and those behind its sources, hold NaN keys and scales of keys, huge finite values,
+    and ids of nothing."""
+    source = cache.shared.get(SOURCE)
 
-    def spoil(path: Any, part: Any) -> Any:
+    def spoil(path: Any, part: Any, used: Any = None) -> Any:
         if not isinstance(part, Store):
             return part
         key = any(getattr(step, "name", None) == "k" for step in path)
-        return part.each(lambda buffer, *_: jnp.full_like(buffer, _poison(buffer.dtype, key)))
 
-    layers = jax.tree_util.tree_map_with_path(spoil, cache.layers, is_leaf=lambda x: isinstance(x, Store))
-    return cache.replace(layers=layers, tokens=jnp.full_like(cache.tokens, -12345))
+        def each(buffer: Any, heads: int, rest: int) -> Any:
+            poison = jnp.full_like(buffer, _poison(buffer.dtype, key))
+            if used is None:
+                return poison
+            x, bad = (storage.unpack(y, heads, rest) for y in (buffer, poison))
+            return storage.repack(jnp.where(jnp.expand_dims(used[:, None], range(3, x.ndim)), x, bad))
+
+        return part.each(each)
+
+    each_store = functools.partial(jax.tree_util.tree_map_with_path, is_leaf=lambda x: isinstance(x, Store))
+    shared = cache.shared
+    if source is not None:
+        used = jnp.arange(source.slots)[None, :] < source.lengths[:, None]
+        shared = shared | {SOURCE: each_store(functools.partial(spoil, used=used), source)}
+    return cache.replace(
+        layers=each_store(spoil, cache.layers), shared=shared, tokens=jnp.full_like(cache.tokens, -12345)
+    )
 
 
 def _poison(dtype: Any, key: bool) -> Any:

@@ -96,6 +96,8 @@ def sharded(case: Case) -> None:
     """
     if case.reference != Case.reference or case.begin is not None or "absorb" in case.refuses:
         return  # this model turns its keys
+    if case.config.encoder is not None:
+        return  # and attends to no source
     alone = case.of_reference() if case.exact else case
     want = _alone(alone, case.config.windows)(*_arguments(case))
     got = _split(case)(*_arguments(case))
