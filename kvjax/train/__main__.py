@@ -96,8 +96,9 @@ def _eval(args: argparse.Namespace) -> None:
     from kvjax.train.measure import measure, record_test_loss
     from kvjax.train.package import read_record
 
-    if "pairs" in read_record(resolve(args.model, None)[0]):
-        _eval_pairs(args)
+    folder, _ = resolve(args.model, None)
+    if "pairs" in read_record(folder):
+        _eval_pairs(args, folder)
         return
     found = measure(args.model, args.text, any_text=args.any_text)
     if args.record:
@@ -105,15 +106,18 @@ def _eval(args: argparse.Namespace) -> None:
     print(f"{found.loss:.4f} nats per character ({found.chars:,} characters, {found.tokens:,} tokens)")
 
 
-def _eval_pairs(args: argparse.Namespace) -> None:
+def _eval_pairs(args: argparse.Namespace, folder: Path) -> None:
+    from kvjax.lm import load
     from kvjax.train.accuracy import measure
+    from kvjax.train.pairs import read_pairs
     from kvjax.train.translator import record_accuracy
 
-    found = measure(args.model, args.text)
+    wanted = read_pairs(args.text)
+    found = measure(load(folder), wanted)
     if args.record:
-        record_accuracy(args.model, args.text, found)
+        record_accuracy(folder, args.text.name, found)
     for name, one in found.items():
-        print(f"{name}: {one.exact:.4f} exact, character error rate {one.errors:.4f}")
+        print(f"{name}: {one.exact:.4f} exact, character error rate {one.errors:.4f} ({len(wanted):,} pairs)")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from kvjax.checkpoint.source import resolve
 from kvjax.errors import InputError
-from kvjax.lm import LM, load
+from kvjax.lm import LM
 from kvjax.loops.algorithms import Algorithm
 from kvjax.loops.beam import beam
 from kvjax.loops.host import generate
@@ -63,34 +60,19 @@ def answer(lm: LM, sources: Sequence[str], algorithm: Algorithm | None = None) -
     return out
 
 
-def length_penalty(folder: Path) -> float:
-    """That of the beam search that a package asks for."""
-    values = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    return float(values.get("length_penalty", 1.0))
-
-
-def measure(source: str, text: Path) -> dict[str, Accuracy]:
-    """Greedy and beam search of a package on a file of pairs.
-
-    Args:
-        source: a bundled name or the directory of a package that `kvjax.train seq2seq` wrote.
-        text: pairs; see `kvjax.train.pairs`.
+def measure(lm: LM, wanted: Sequence[pairs.Pair]) -> dict[str, Accuracy]:
+    """Greedy and beam search of a transliterator on pairs.
 
     Raises:
-        CheckpointError: the package is missing or damaged.
-        InputError: the file holds no pairs, or the package is no transliterator.
+        InputError: there are no pairs, or the model has no encoder.
     """
-    wanted = pairs.read_pairs(text)
-    folder, _ = resolve(source, None)
-    lm = load(source)
     if lm.model.encode is None:
-        raise InputError(f"{source} has no encoder: it answers no sources")
-    search = beam(BEAMS, length_penalty=length_penalty(folder))
+        raise InputError(f"model {lm.name!r} has no encoder: it answers no sources")
+    if not wanted:
+        raise InputError("accuracy: no pairs to measure on")
     sources, targets = [x for x, _ in wanted], [y for _, y in wanted]
-    return {
-        name: accuracy(answer(lm, sources, algorithm), targets)
-        for name, algorithm in (("greedy", None), (f"beam {BEAMS}", search))
-    }
+    searches = {"greedy": None, f"beam {BEAMS}": beam(BEAMS)}
+    return {name: accuracy(answer(lm, sources, algorithm), targets) for name, algorithm in searches.items()}
 
 
-__all__ = ["Accuracy", "distance", "accuracy", "answer", "length_penalty", "measure"]
+__all__ = ["Accuracy", "distance", "accuracy", "answer", "measure"]

@@ -21,12 +21,13 @@ import numpy as np
 from kvjax.caching import encode
 from kvjax.config import Config
 from kvjax.errors import InputError
+from kvjax.lm import load as load_lm
 from kvjax.model import Model, decoder, forward
 from kvjax.ops import activations
 from kvjax.ops.norms import LayerNorm
 from kvjax.ops.positions import Learned
 from kvjax.params import init_params
-from kvjax.train import loop, pairs, translator
+from kvjax.train import accuracy, loop, pairs, translator
 from kvjax.train.dropout import dropping
 from kvjax.train.optimise import State, advance, begin
 from kvjax.types import Array, Params
@@ -224,7 +225,10 @@ def train(text: Path, out: Path, settings: Settings, *, quiet: bool = False) -> 
         "nats": progress.best_loss,
         **loop.circumstances(progress),
     }
-    translator.write_package(out / "model", progress.best, config, tokenizer, record, split.heldout)
+    folder = out / "model"
+    translator.write_package(folder, progress.best, config, tokenizer, record)
+    stored = load_lm(str(folder.resolve()))  # what is measured is the file, rounding included
+    translator.record_accuracy(folder, "held out", accuracy.measure(stored, split.heldout))
     return progress
 
 

@@ -10,18 +10,12 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from kvjax.checkpoint.source import resolve
 from kvjax.config import Config
-from kvjax.lm import load
-from kvjax.loops.beam import beam
 from kvjax.train import accuracy, package, pairs
 from kvjax.types import Params
 
 SKIPPED = 2
 """Rows before the first of mBART's position tables that mean nothing."""
-
-PENALTIES = (0.0, 0.5, 1.0)
-"""Of the length; the one with the fewest errors on held-out pairs goes into the package."""
 
 DATA = (
     "Names from Wikipedia with their English spelling, collected for the transliteration experiments of Rosca and\n"
@@ -101,9 +95,7 @@ def config_json(config: Config, dtype: str = "float16") -> dict[str, Any]:
     }
 
 
-def write_package(
-    out: Path, params: Params, config: Config, tokenizer: Tokenizer, record: dict[str, Any], heldout: list[pairs.Pair]
-) -> None:
+def write_package(out: Path, params: Params, config: Config, tokenizer: Tokenizer, record: dict[str, Any]) -> None:
     """Writes the whole package to the directory `out`, the model card last.
 
     Args:
@@ -111,8 +103,7 @@ def write_package(
         params: float32 parameters; stored in float16.
         config: the model.
         tokenizer: its tokenizer.
-        record: what `training.json` holds; see `kvjax.train.seq2seq.train`. Accuracies on `heldout` are added.
-        heldout: chooses the length penalty of the beam search.
+        record: what `training.json` holds; see `kvjax.train.seq2seq.train`.
     """
     out.mkdir(parents=True, exist_ok=True)
     save_file(to_hf(params, config), out / "model.safetensors", metadata={"format": "pt"})
@@ -130,35 +121,25 @@ def write_package(
             "model_max_length": config.max_positions,
         },
     )
-    generation = {
-        "decoder_start_token_id": pairs.BOS_ID,
-        "bos_token_id": pairs.BOS_ID,
-        "pad_token_id": pairs.PAD_ID,
-        "eos_token_id": pairs.EOS_ID,
-        "max_length": config.max_positions,
-        "num_beams": accuracy.BEAMS,
-    }
-    package.write_json(out / "generation_config.json", generation)
-    lm = load(str(out.resolve()))  # what is measured is the file, rounding included
-    sources, targets = [x for x, _ in heldout], [y for _, y in heldout]
-    found = {"greedy": accuracy.accuracy(accuracy.answer(lm, sources), targets)}
-    tried = {}
-    for penalty in PENALTIES:
-        answers = accuracy.answer(lm, sources, beam(accuracy.BEAMS, length_penalty=penalty))
-        tried[penalty] = accuracy.accuracy(answers, targets)
-    best = min(PENALTIES, key=lambda x: tried[x].errors)
-    found[f"beam {accuracy.BEAMS}"] = tried[best]
-    package.write_json(out / "generation_config.json", generation | {"length_penalty": best})
-    record["length_penalty"] = best
-    record["accuracy"] = {"heldout": {name: x._asdict() for name, x in found.items()}}
+    package.write_json(
+        out / "generation_config.json",
+        {
+            "decoder_start_token_id": pairs.BOS_ID,
+            "bos_token_id": pairs.BOS_ID,
+            "pad_token_id": pairs.PAD_ID,
+            "eos_token_id": pairs.EOS_ID,
+            "max_length": config.max_positions,
+            "num_beams": accuracy.BEAMS,
+        },
+    )
     package.write_record(out, record, card)
 
 
-def record_accuracy(source: str, text: Path, found: dict[str, accuracy.Accuracy]) -> None:
-    """Writes what `kvjax.train.accuracy.measure` found into the record and the model card of the package."""
-    folder, _ = resolve(source, None)
+def record_accuracy(folder: Path, name: str, found: dict[str, accuracy.Accuracy]) -> None:
+    """Writes what `kvjax.train.accuracy.measure` found on pairs called `name` into the record and the model card of the
+    package in `folder`."""
     record = package.read_record(folder)
-    record["accuracy"][text.name] = {name: x._asdict() for name, x in found.items()}
+    record["accuracy"] = record.get("accuracy", {}) | {name: {search: x._asdict() for search, x in found.items()}}
     package.write_record(folder, record, card)
 
 
@@ -186,13 +167,13 @@ def card(out: Path, record: dict[str, Any]) -> str:
         "",
         "Of this package as stored. Exact: the share of names that are right. Error rate: the fewest insertions,",
         "deletions and substitutions that make the answers right, over the characters of the right ones. There is one",
-        f"right answer a name. Beam search with length penalty {record['length_penalty']}, the best on held-out pairs.",
+        "right answer a name.",
         "",
         "| pairs | search | exact | character error rate |",
         "|---|---|---|---|",
         *(
-            f"| {'held out' if name == 'heldout' else name} | {search} | {x['exact']:.4f} | {x['errors']:.4f} |"
-            for name, found in record["accuracy"].items()
+            f"| {name} | {search} | {x['exact']:.4f} | {x['errors']:.4f} |"
+            for name, found in record.get("accuracy", {}).items()
             for search, x in found.items()
         ),
         "",
@@ -203,8 +184,7 @@ def card(out: Path, record: dict[str, Any]) -> str:
         *([DATA, ""] if data["sha256"] == AR2EN else []),
         f"`{data['name']}`, SHA-256",
         f"`{data['sha256']}`:",
-        f"{data['train']:,} pairs to learn from, and {data['heldout']:,}, spread evenly, that chose the checkpoint",
-        "and the length penalty.",
+        f"{data['train']:,} pairs to learn from, and {data['heldout']:,}, spread evenly, that chose the checkpoint.",
         "",
         *package.how_it_was_made(
             record, f"the lowest held-out loss, {record['nats']:.4f} nats per character, the end included", "pairs"
