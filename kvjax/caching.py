@@ -157,6 +157,7 @@ def init_cache(
         flags = jnp.repeat(kept[SOURCE].flags, share)
     shared = plans.init_shared(kinds, shapes, batch, capacity) | kept
     cache = Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags, kinds)
+    cache = cache.check() if is_concrete(flags) else cache  # of a source that was refused
     return cache if prefix is None else after(prefix, cache)
 
 

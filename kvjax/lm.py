@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class LM:
         bos_id: the token that begins one, or None.
         start_ids: what every target begins with, for a model with an encoder: its start token, then the forced first
             token if there is one (`decoder_start_token_id`, `forced_bos_token_id`).
+        never_ids: tokens that are never chosen, for example the padding of translation models (`bad_words_ids`).
     """
 
     model: Model
@@ -45,6 +47,7 @@ class LM:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     start_ids: tuple[int, ...] = ()
+    never_ids: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.model.params)
@@ -97,13 +100,23 @@ def load(
         leaves = plan(family, config, tensors)
         params = convert(leaves, tensors, default_dtype(leaves, tensors) if dtype is None else dtype)
     bos, eos, start = _ends(folder, hf)
+    if config.encoder is None:
+        start = ()
+    if wrong := [i for i in start if i >= config.vocab_size]:
+        raise CheckpointError(
+            f"{folder}: decoder_start_token_id or forced_bos_token_id is {wrong[0]}, the vocabulary has "
+            f"{config.vocab_size} ids"
+        )
+    never = _never(folder, hf)
+    if wrong := [i for i in never if i >= config.vocab_size]:
+        raise CheckpointError(f"{folder}: bad_words_ids has {wrong[0]}, the vocabulary has {config.vocab_size} ids")
     tokenizer = load_tokenizer(folder, bos_id=bos, vocab_size=config.vocab_size)
     if tokenizer is not None:
         values = read_json_if_there(folder / "tokenizer_config.json")
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    return LM(decoder(config, params), tokenizer, name, eos, bos, start if config.encoder is not None else ())
+    return LM(decoder(config, params), tokenizer, name, eos, bos, start, never)
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
@@ -164,6 +177,18 @@ def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...]
     bos, start = ids("bos_token_id")[:1], ids("decoder_start_token_id")[:1]
     forced = ids("forced_bos_token_id")[:1] or (bos if hf.get("force_bos_token_to_be_generated") is True else ())
     return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + forced
+
+
+def _never(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
+    """Single tokens among `bad_words_ids`: what Marian's padding needs. Of sequences of several it warns."""
+    values = read_json_if_there(folder / "generation_config.json")
+    words = values.get("bad_words_ids") or hf.get("bad_words_ids") or []
+    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
+        raise CheckpointError(f"{folder}: bad_words_ids must be a list of lists of ids, not {show(words)}")
+    if several := [word for word in words if len(word) != 1]:
+        text = show(several[0])
+        warnings.warn(f"{folder}: bad_words_ids {text} may be written: only single ids are kept out", stacklevel=3)
+    return tuple(i for word in words if len(word) == 1 for i in _ids({"bad_words_ids": word}, "bad_words_ids", folder))
 
 
 def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
-"""The kinds that the promises are tested on. A new kind: its name in `caches.KINDS`, and a line here."""
+"""The kinds that the promises are tested on. A new kind: its name in `caches.KINDS`, or `caches.CROSS_KINDS` if it is of a
+source, and a line here."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
-from models import FULL, GEMMA, LEARNED, MIXED, POST, WINDOW, WINDOWED
+from models import FULL, GEMMA, LEARNED, MIXED, POST, POSTNORM, RELATIVE, WINDOW, WINDOWED
 
 from kvjax import caches, codecs, testing
 from kvjax.caches import plans
@@ -107,6 +108,53 @@ TABLE = {
 }
 
 
+CROSS_TABLE = {
+    caches.cross: (
+        Case("cross", caches.dense(), RELATIVE),
+        Case("cross beside a ring", (caches.ring(W, slack=4), caches.dense()), RELATIVE, slack=4, full=True),
+        Case("cross beside pages", caches.paged(8, share=2), POSTNORM, share=3, full=True),
+        Case("cross beside int8", caches.dense(store=codecs.int8()), POSTNORM, full=True, **CODES),
+        Case("cross of int8", caches.dense(), POSTNORM, cross=caches.cross(store=codecs.int8()), full=True, **CODES),
+        Case(
+            "cross of int4 by channel",
+            caches.dense(),
+            POSTNORM,
+            cross=caches.cross(store=LATE),
+            full=True,
+            **CODES | {"error": 0.25},
+        ),
+    ),
+    caches.encoder_output: (
+        Case("absorbed", caches.dense(), POSTNORM, cross=caches.encoder_output(absorb=True), share=3),
+        Case(
+            "absorbed twice",
+            caches.layer_input(absorb=True),
+            POSTNORM,
+            cross=caches.encoder_output(absorb=True),
+            refuses=("absorb",),
+            full=True,
+        ),
+        Case("projected again", caches.layer_input(), POSTNORM, cross=caches.encoder_output(), full=True),
+        Case(
+            "absorbed beside a trace",
+            caches.traced(caches.dense()),
+            POSTNORM,
+            cross=caches.encoder_output(absorb=True),
+            full=True,
+        ),
+        Case(
+            "absorbed int8",
+            caches.dense(),
+            POSTNORM,
+            cross=caches.encoder_output(absorb=True, store=codecs.int8()),
+            full=True,
+            **CODES,
+        ),
+    ),
+}
+"""What may be kept of a source, beside what may be kept of the text."""
+
+
 def one_layer(plan, window=None, config=FULL, **options) -> Case:
     """A case of one layer, for checks that compile much."""
     return Case(str(plan), plan, dataclasses.replace(config, num_layers=1, windows=(window,)), **options)
@@ -145,7 +193,14 @@ def cases() -> list[Case]:
     return [case for kind in every for case in TABLE[kind]]
 
 
-def each(only=lambda case: True):
+def of_sources() -> list[Case]:
+    """All cases of what may be kept of a source."""
+    missing = [kind.__name__ for kind in caches.CROSS_KINDS if kind not in CROSS_TABLE]
+    assert not missing, f"tests/kinds.py has no case for {missing}"
+    return [case for kind in caches.CROSS_KINDS for case in CROSS_TABLE[kind]]
+
+
+def each(only=lambda case: True, cases=cases):
     """Runs a test on every case, on some of them in the full suite only."""
     marks = {True: (pytest.mark.full,), False: ()}
     params = [

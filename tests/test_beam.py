@@ -125,6 +125,7 @@ def test_it_is_the_search_written_out_in_numpy(plan):
     assert len(lengths) > 2 and any(x.stop == "eos" for row in out.candidates for x in row)
 
 
+@pytest.mark.full
 def test_codes_move_with_the_beams():
     out = search(plan=INT8, stop_ids=STOPS)
     good, crossed = agrees(out, with_int8)

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses and how, and what it leaves in the user's folders."""
 
+import dataclasses
 import io
 import json
 import math
@@ -9,16 +10,19 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tokenizers
 from safetensors.numpy import save_file
 
 import kvjax
-from kvjax import cli
+from kvjax import caches, cli
 from kvjax.caches import KINDS
-from kvjax.cli import startup
+from kvjax.cli import describe_model, startup
+from kvjax.cli.describe_model import describe_config
 from kvjax.config import Config
 from kvjax.loops.host import Run
+from kvjax.params import abstract_params
 from kvjax.train.package import config_json, to_hf
 
 BOS = "<|text|>"
@@ -261,6 +265,33 @@ def test_info_tells_family_shapes_and_the_bytes_of_every_kind(command, folder):
     assert "layer_input(): layer inputs 256 bytes a token, as large as keys and values" in " ".join(out.split())
     halved = json.loads(command("info", folder, "--json", "--dtype", "bfloat16")[1])
     assert halved["bytes"] * 2 == about["bytes"]
+
+
+def test_info_tells_of_the_encoder_and_of_what_is_kept_of_a_source():
+    stack = Config(96, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48, max_positions=64)
+    wide = dataclasses.replace(stack, num_layers=3, width=40, windows=(), tied=False)
+    config = dataclasses.replace(stack, encoder=wide)
+    about = describe_config(config, "float32")
+    model = kvjax.decoder(config, abstract_params(config))
+    told = about["encoder"]
+    assert told["parameters"] == sum(x.size for x in jax.tree.leaves(model.params["encoder"]))
+    assert (told["shapes"]["num_layers"], told["shapes"]["width"], told["context"]) == (3, 40, 64)
+    kv, states = told["kept"]
+    assert kv["bytes_per_token"] == 2 * 2 * 2 * 8 * 4 and states["bytes_per_token"] == 40 * 4
+    assert (kv["remark"], states["remark"]) == (
+        "",
+        "40 numbers a source token, fewer than keys and values (64; 0.625 times)",
+    )
+    row = jax.ShapeDtypeStruct((1,), jnp.int32)
+    source = kvjax.Source(jax.ShapeDtypeStruct((1, 64, 40), jnp.float32), row, row)
+    whole = kvjax.cache_nbytes(model, caches.dense(), source=source, capacity=64)
+    assert whole == about["caches"][0]["bytes"] + kv["bytes"]
+    rest = {"model": "x", "family": "x", "parameters": 1, "bytes": 4, "dtype": "float32", "stored_bytes": 4}
+    text = describe_model._text(about | rest)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "encoder     3 layers, width 40" in text and "kept of one source" in text
+    assert describe_config(stack, "float32")["encoder"] is None
+    assert "MORE than" in caches.encoder_output().remark(model.layer_shapes(), 65)
 
 
 def test_help_has_examples_and_version_names_what_runs(command):

@@ -139,11 +139,66 @@ def test_a_rope_scaling_that_is_not_computed_is_refused_by_name(kind):
         ("gemma3_new_layout", {"rope_parameters": {"sliding_attention": 3}}, "sliding_attention must be an object"),
         ("gemma3_new_layout", {"rope_parameters": []}, "rope_parameters must be an object"),
         ("mistral_window", {"model_type": ["llama"]}, "model_type"),
+        ("mistral_window", {"is_encoder_decoder": True}, "is_encoder_decoder"),
+        ("t5", {"feed_forward_proj": "gated-swiglu"}, "feed_forward_proj"),
+        ("t5", {"feed_forward_proj": None}, "feed_forward_proj"),
+        ("t5", {"dense_act_fn": "gelu"}, "dense_act_fn.*relu"),
+        ("t5_v11", {"dense_act_fn": "gelu"}, "dense_act_fn.*gelu_new"),
+        ("t5", {"is_gated_act": True}, "is_gated_act"),
+        ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder"),
+        ("t5", {"is_decoder": True}, "is_decoder"),
+        ("t5", {"d_kv": ...}, "d_kv"),
+        ("t5", {"num_decoder_layers": 0}, "num_decoder_layers"),
+        ("t5", {"relative_attention_num_buckets": 6}, "relative_attention_num_buckets 6"),
+        ("t5", {"relative_attention_max_distance": 4}, "relative_attention_max_distance 4"),
+        ("t5", {"relative_attention_max_distance": 2**30}, "relative_attention_max_distance"),
+        ("bart", {"normalize_before": True}, "normalize_before"),
+        ("bart", {"add_final_layer_norm": True}, "add_final_layer_norm"),
+        ("bart", {"add_bias_logits": True}, "add_bias_logits"),
+        ("bart", {"static_position_embeddings": True}, "static_position_embeddings"),
+        ("bart", {"normalize_embedding": False}, "normalize_embedding"),
+        ("bart", {"extra_pos_embeddings": 1}, "extra_pos_embeddings"),
+        ("bart", {"is_encoder_decoder": False}, "is_encoder_decoder"),
+        ("bart", {"tie_encoder_decoder": True}, "tie_encoder_decoder"),
+        ("bart", {"encoder_attention_heads": 5}, "encoder_attention_heads 5"),
+        ("bart", {"decoder_attention_heads": 5}, "decoder_attention_heads 5"),
+        ("bart", {"activation_function": "quick_gelu"}, "activation_function"),
+        ("bart", {"decoder_layers": 10**6}, "decoder_layers"),
+        ("mbart", {"normalize_before": False}, "normalize_before"),
+        ("mbart", {"add_final_layer_norm": False}, "add_final_layer_norm"),
+        ("marian", {"normalize_before": True}, "normalize_before"),
+        ("marian", {"add_bias_logits": True}, "add_bias_logits"),
+        ("marian", {"normalize_embedding": True}, "normalize_embedding"),
+        ("marian", {"static_position_embeddings": False}, "static_position_embeddings"),
+        ("marian", {"decoder_vocab_size": 60}, "vocab_size 64 and decoder_vocab_size 60"),
+        ("marian", {"scale_embedding": 1}, "scale_embedding"),
     ],
 )
 def test_a_config_that_asks_for_something_else_is_a_checkpoint_error_that_names_it(name, changes, message):
     with pytest.raises(CheckpointError, match=message):
         config_of(name, **changes)
+
+
+T5 = """model_type=t5 d_kv=64 decoder_start_token_id=0 dropout_rate=0.1 eos_token_id=1 initializer_factor=1.0
+    is_encoder_decoder=true layer_norm_epsilon=1e-06 n_positions=512 output_past=true pad_token_id=0
+    relative_attention_num_buckets=32 use_cache=true vocab_size=32128"""
+V11 = f"{T5} feed_forward_proj=gated-gelu tie_word_embeddings=false"
+BART = """activation_dropout=0.1 add_bias_logits=false attention_dropout=0.1 bos_token_id=0 classif_dropout=0.1
+    classifier_dropout=0.0 decoder_layerdrop=0.0 decoder_start_token_id=2 dropout=0.1 early_stopping=true
+    encoder_layerdrop=0.0 eos_token_id=2 forced_bos_token_id=0 forced_eos_token_id=2 gradient_checkpointing=false
+    init_std=0.02 is_encoder_decoder=true no_repeat_ngram_size=3 num_beams=4 pad_token_id=1 use_cache=true"""
+
+
+def stacks(layers, width, ffn, heads):
+    both = (
+        f"{side}_layers={layers} {side}_ffn_dim={ffn} {side}_attention_heads={heads}" for side in ("encoder", "decoder")
+    )
+    return f"d_model={width} num_hidden_layers={layers} {' '.join(both)}"
+
+
+def buffers(vocab, width, rows):
+    """What is counted here and not there: a bias that is no parameter there, and rows that carry nothing."""
+    return vocab - 2 * rows * width
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -243,6 +298,36 @@ PUBLISHED = {
         hidden_activation=gelu_pytorch_tanh attention_bias=false cache_implementation=hybrid""",
         {},
     ),
+    "t5-small": (60_506_624, f"{T5} d_model=512 d_ff=2048 num_heads=8 num_layers=6", {}),
+    "t5-base": (222_903_552, f"{T5} d_model=768 d_ff=3072 num_heads=12 num_layers=12", {}),
+    "flan-t5-small": (76_961_152, f"{V11} d_model=512 d_ff=1024 num_heads=6 num_layers=8 num_decoder_layers=8", {}),
+    "flan-t5-base": (247_577_856, f"{V11} d_model=768 d_ff=2048 num_heads=12 num_layers=12", {}),
+    "bart-base": (
+        139_420_416 + buffers(50265, 768, 2),
+        f"""model_type=bart vocab_size=50265 {BART} {stacks(6, 768, 3072, 12)} max_position_embeddings=1024
+        activation_function=gelu add_final_layer_norm=false normalize_before=false normalize_embedding=true
+        scale_embedding=false""",
+        {"task_specific_params": {"summarization": {"num_beams": 4}}},
+    ),
+    "bart-large": (
+        406_291_456 + buffers(50265, 1024, 2),
+        f"model_type=bart vocab_size=50265 {BART} {stacks(12, 1024, 4096, 16)} max_position_embeddings=1024",
+        {},
+    ),
+    "mbart-large-50": (
+        610_879_488 + buffers(250054, 1024, 2),
+        f"""model_type=mbart vocab_size=250054 {BART} {stacks(12, 1024, 4096, 16)} max_position_embeddings=1024
+        activation_function=relu add_final_layer_norm=true normalize_before=true normalize_embedding=true
+        scale_embedding=true static_position_embeddings=false""",
+        {},
+    ),
+    "opus-mt-en-de": (
+        74_410_496 + buffers(58101, 512, 512),  # there tables of sines count
+        f"""model_type=marian vocab_size=58101 {BART} {stacks(6, 512, 2048, 8)} max_position_embeddings=512
+        activation_function=swish add_final_layer_norm=false normalize_before=false normalize_embedding=false
+        scale_embedding=true static_position_embeddings=true""",
+        {"bad_words_ids": [[58100]], "pad_token_id": 58100, "decoder_start_token_id": 58100, "eos_token_id": 0},
+    ),
     "gemma-3-270m": (
         268_098_176,
         """model_type=gemma3_text hidden_size=640 intermediate_size=2048 num_hidden_layers=18 num_attention_heads=4
@@ -257,12 +342,13 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_is_read_strictly_and_has_the_published_number_of_parameters(name):
     count, text, more = PUBLISHED[name]
-    hf = more.copy()
+    hf = {}
     for key, _, value in (word.partition("=") for word in text.split()):
         try:
             hf[key] = json.loads(value)
         except ValueError:
             hf[key] = value
+    hf |= more
     assert count_params(read_config(hf, strict=True)[1]) == count
 
 

@@ -5,25 +5,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from naive import bucket
 
 from kvjax.ops.attention import EMPTY
 from kvjax.ops.positions import Relative, Sinusoidal
-
-
-def bucket(ahead, buckets, far, both):
-    """T5's bucket of `key - query`, from the description in the paper's appendix: one distance at a time."""
-    first = 0
-    if both:
-        buckets //= 2
-        first = buckets if ahead > 0 else 0
-        distance = abs(ahead)
-    else:
-        distance = max(-ahead, 0)
-    exact = buckets // 2
-    if distance < exact:
-        return first + distance
-    grown = exact + int(math.log(distance / exact) / math.log(far / exact) * (buckets - exact) + 1e-9)
-    return first + min(grown, buckets - 1)
 
 
 @pytest.mark.parametrize("both", [False, True])

@@ -18,7 +18,7 @@ from kvjax import caches, codecs, testing
 from kvjax.testing import contract, moves, programs, promises
 
 ROOT = Path(__file__).resolve().parent.parent
-COSTLY = {moves.vmap: ("ring",), moves.gradients: ("ring",), contract.sharded: ()}
+COSTLY = {moves.vmap: ("ring",), moves.gradients: ("ring", "cross"), contract.sharded: ()}
 """Checks that compile much run by default on these cases, and on the others in the full suite."""
 
 
@@ -28,7 +28,7 @@ ELSEWHERE = (promises.same_logits, promises.rewind, promises.unused_slots, moves
 
 def each_check():
     for check in testing.suite:
-        for case in kinds.cases():
+        for case in (*kinds.cases(), *kinds.of_sources()):
             left_out = case.full or case.name not in COSTLY.get(check, (case.name,))
             name = f"{check.__name__}-{case.name.replace(' ', '-')}"
             marks = pytest.mark.full if left_out else pytest.mark.corner if check in ELSEWHERE else ()
@@ -42,7 +42,7 @@ def test_a_kind_of_cache_keeps_the_promise(check, case):
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [1, 2])
-@kinds.each(lambda case: case.exact)
+@kinds.each(lambda case: case.exact, lambda: [*kinds.cases(), *kinds.of_sources()])
 def test_tokens_and_programs_are_equal_at_the_other_seeds(case, seed):
     promises.same_tokens(case, (seed,))
     programs.any_program(case, (seed,), count=24)
@@ -117,9 +117,10 @@ MAY_REFUSE = {
 def test_the_only_cells_that_may_be_refused_are_these():
     assert {(cell.kind, cell.operation) for cell in testing.REFUSED} == MAY_REFUSE, "the list may shrink, not grow"
     assert len(testing.REFUSED) == len(MAY_REFUSE) and all(cell.reason for cell in testing.REFUSED)
-    for kind, listed in kinds.TABLE.items():
+    for kind, listed in (kinds.TABLE | kinds.CROSS_TABLE).items():
         for case in listed:
-            found = {cell.operation for cell in testing.REFUSED if cell.kind in (kind.__name__, *words(case.plan))}
+            own = (kind.__name__, *words(case.plan), *words(case.cross))
+            found = {cell.operation for cell in testing.REFUSED if cell.kind in own}
             assert set(case.refuses) <= found, f"{case.name} refuses {case.refuses}, and may refuse {found}"
             assert case.slack is None or "rewind" in found, f"{case.name} has a slack"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from kvjax import struct
 from kvjax.caches import codecs, storage
-from kvjax.caches.base import NO_SOURCE, ROWS, Kind, Project, Shared, filled_positions, views_of
+from kvjax.caches.base import NO_SOURCE, ROWS, Kind, LayerShape, Project, Shared, filled_positions, views_of
 from kvjax.caches.layer_input import one_factor
 from kvjax.caches.opened import finite
 from kvjax.checks import either, is_concrete
@@ -179,6 +179,10 @@ class CrossKind:
         """The entry for a source that `share` rows each read; `ask` gives the layers' keys and values of it."""
         raise NotImplementedError
 
+    def remark(self, shapes: tuple[LayerShape, ...], width: int) -> str:
+        """What people should know of it on layers of these shapes and an encoder of that width; "" for nothing."""
+        return ""
+
 
 def _places(source: Source) -> tuple[Array, Array]:
     """Where the states of a source go, `[R, S]`: their places, and the same with S for padding."""
@@ -236,6 +240,12 @@ class EncodedKind(CrossKind):
             source = source.replace(flags=source.flags | jnp.where(lost, NO_SOURCE, 0).astype(jnp.int32))
         store = store.write(x[:, :, None], slots, places)
         return Encoded(source.lengths, source.flags, s, share, self, width, x.dtype, store)
+
+    def remark(self, shapes: tuple[LayerShape, ...], width: int) -> str:
+        """See `CrossKind`."""
+        kv = sum(shape.kv_heads * (shape.key_dim + shape.value_dim) for shape in shapes)
+        verdict = "as many as" if kv == width else ("MORE than" if width > kv else "fewer than")
+        return f"{width:,} numbers a source token, {verdict} keys and values ({kv:,}; {width / kv:.3g} times)"
 
 
 def cross(*, store: Any = None) -> ProjectedKind:

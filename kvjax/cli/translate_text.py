@@ -47,10 +47,12 @@ def run(args: argparse.Namespace) -> None:
         began, shown = time.perf_counter(), many and sys.stderr is not None and sys.stderr.isatty()
         bar = kept_open.enter_context(tqdm(total=total, unit=" lines", file=sys.stderr, disable=not shown))
         for batch, found in translated(lm, lines, beam(args.beams, returned=count), args):
+            written = []
+            for line, candidates in zip(batch, found, strict=True):
+                done += 1
+                written.append(_shown(line, candidates, args.json, apart=count > 1 and done > 1))
             with tqdm.external_write_mode():
-                for line, candidates in zip(batch, found, strict=True):
-                    done += 1
-                    _put(line, candidates, args.json, apart=count > 1 and done > 1)
+                sys.stdout.write("".join(written))
                 sys.stdout.flush()  # what is done is out before the next batch begins
             bar.update(len(batch))
     if not args.json:
@@ -127,17 +129,12 @@ def _decoded(stream: IO[Any], name: str) -> Iterator[Line]:
         yield Line((text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n"), where)
 
 
-def _put(line: Line, candidates: list[Any], as_json: bool, apart: bool) -> None:
+def _shown(line: Line, candidates: list[Any], as_json: bool, apart: bool) -> str:
     if as_json:
         made = [{"text": x.text, "score": x.score, "stop": x.stop} for x in candidates]
-        print(json.dumps({"source": line.text, "candidates": made}))
-        return
-    if apart:
-        print()
-    for each in candidates:
-        print(f"{one_line(each.text)}\t{each.score:.4f}")
-    if not candidates:  # a blank line for a blank line
-        print()
+        return json.dumps({"source": line.text, "candidates": made}) + "\n"
+    rows = [f"{one_line(each.text)}\t{each.score:.4f}\n" for each in candidates]
+    return "\n" * apart + ("".join(rows) or "\n")  # a blank line for a blank line
 
 
 __all__ = ["run", "translated", "Line"]

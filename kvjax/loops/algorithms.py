@@ -7,8 +7,10 @@ import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from kvjax import struct
 from kvjax.loops import decode as loop
 from kvjax.loops.prompts import fed
 from kvjax.model import Model
@@ -56,13 +58,16 @@ class UnderWay(Protocol):
 class Algorithm(Protocol):
     """What `generate(algorithm=…)` takes: immutable, and hashable."""
 
-    def begin(self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray) -> UnderWay:
+    def begin(
+        self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray, never: np.ndarray | None
+    ) -> UnderWay:
         """From prefilled prompts.
 
         Args:
             progress: with the prompts fed.
             starts: `[B]`, tokens of each row that were given: the prompt, without what the model forces on every text.
             limits: `[B]`, tokens that each row may have, prompt included.
+            never: `[n]` int32, ids that are never chosen, -1 for none; None where there are none at all.
         """
 
 
@@ -78,9 +83,38 @@ class Draw:
     sampler: Any
     seeds: np.ndarray
 
-    def begin(self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray) -> Drawing:
+    def begin(
+        self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray, never: np.ndarray | None
+    ) -> Drawing:
         """See `Algorithm`."""
-        return Drawing(progress, np.asarray(progress.cache.lengths), limits, self)
+        sampler = self.sampler if never is None else Barred(jnp.asarray(never), self.sampler)
+        return Drawing(progress, np.asarray(progress.cache.lengths), limits, sampler, self.seeds)
+
+
+@struct.node
+class Barred(struct.Value):
+    """A sampler that never sees some ids.
+
+    Args:
+        ids: `[n]` int32, -1 for none.
+        sampler: see `kvjax.sampling`.
+    """
+
+    ids: Array
+    sampler: Any
+
+    def __call__(self, logits: Array, keys: Array) -> Array:
+        """See `kvjax.sampling.Sampler`."""
+        return self.sampler(without(self.ids, logits), keys)
+
+
+def without(ids: Array | None, scores: Array) -> Array:
+    """`[..., V]` with -inf at some ids, `[n]` int32, -1 for none."""
+    if ids is None:
+        return scores
+    v = scores.shape[-1]
+    barred = jnp.zeros((v,), bool).at[jnp.where(ids < 0, v, ids)].set(True, mode="drop")
+    return jnp.where(barred.reshape((1,) * (scores.ndim - 1) + (v,)), -jnp.inf, scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +124,8 @@ class Drawing:
     progress: loop.Progress
     starts: np.ndarray
     limits: np.ndarray
-    draw: Draw
+    sampler: Any
+    seeds: np.ndarray
 
     def look(self) -> tuple[np.ndarray, np.ndarray, int]:
         """See `UnderWay`."""
@@ -105,9 +140,9 @@ class Drawing:
 
     def advance(self, model: Model, stops: np.ndarray, chunks: int) -> Drawing:
         """See `UnderWay`."""
-        draw, count = self.draw, np.int32(chunks)
+        count, chunk = np.int32(chunks), loop.CHUNK
         progress = loop.DONATING.until(
-            model, self.progress, draw.sampler, draw.seeds, stops, self.limits, count, chunk=loop.CHUNK
+            model, self.progress, self.sampler, self.seeds, stops, self.limits, count, chunk=chunk
         )
         return dataclasses.replace(self, progress=progress)
 
@@ -131,4 +166,4 @@ def resized(cache: Any, *, capacity: int) -> Any:
     return cache.resize(capacity)
 
 
-__all__ = ["Candidate", "UnderWay", "Algorithm", "Draw", "Drawing", "resized"]
+__all__ = ["Candidate", "UnderWay", "Algorithm", "Draw", "Drawing", "without", "resized"]

@@ -22,7 +22,7 @@ from kvjax.caches.base import Cache
 from kvjax.checks import either, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops import decode as loop
-from kvjax.loops.algorithms import resized
+from kvjax.loops.algorithms import resized, without
 from kvjax.loops.feed import feed, finish
 from kvjax.loops.prompts import fed, padded
 from kvjax.model import Model
@@ -123,6 +123,7 @@ def beam_search(
     beams: Beams,
     *,
     stop_ids: Sequence[int] = (),
+    never_ids: Sequence[int] = (),
     length_penalty: Any = 1.0,
     early_stopping: Any = False,
     chunk: int = loop.CHUNK,
@@ -138,6 +139,7 @@ def beam_search(
         model: any model.
         beams: from `Beams.begin` or an earlier call; stay usable.
         stop_ids: ids that end a text, itself included.
+        never_ids: ids that no text goes on with; the probabilities of the others stay what they are.
         length_penalty: float; a score is the sum of log-probabilities over the number of tokens to this power.
         early_stopping: bool. True: a prompt is done when it has W finished texts. False: when moreover its best
             running beam, were it to end now, would not be among them.
@@ -151,16 +153,25 @@ def beam_search(
     """
     if chunk < 1:
         raise InputError(f"beam_search: chunk must be at least 1, not {chunk}")
-    numbers = length_penalty, early_stopping
-    return VALUE(model, beams, *_numbers(*numbers), _stops(stop_ids), np.int32(loop.ALL), chunk=chunk)
+    numbers, never = _numbers(length_penalty, early_stopping), loop.padded_stops(never_ids) if never_ids else None
+    return VALUE(model, beams, *numbers, loop.padded_stops(stop_ids), never, np.int32(loop.ALL), chunk=chunk)
 
 
-def _search(model: Model, beams: Beams, penalty: Array, early: Array, stops: Array, chunks: Array, chunk: int) -> Beams:
-    # stops [n] are different ids, -1 for none; at most `chunks` scans of `chunk` steps
+def _search(
+    model: Model,
+    beams: Beams,
+    penalty: Array,
+    early: Array,
+    stops: Array,
+    never: Array | None,
+    chunks: Array,
+    chunk: int,
+) -> Beams:
+    # stops [n] are different ids, never [n] any, -1 for none; at most `chunks` scans of `chunk` steps
     room = beams.cache.capacity
 
     def one(beams: Beams, _: None) -> tuple[Beams, None]:
-        return _step(model, beams, penalty, early, stops), None
+        return _step(model, beams, penalty, early, stops, never), None
 
     def more(carry: tuple[Array, Beams]) -> Array:
         wants = ~carry[1].done
@@ -172,13 +183,14 @@ def _search(model: Model, beams: Beams, penalty: Array, early: Array, stops: Arr
     return lax.while_loop(more, run, (jnp.zeros((), jnp.int32), beams))[1]
 
 
-def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Array) -> Beams:
+def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Array, never: Array | None) -> Beams:
     cache, (b, w) = beams.cache, beams.running.shape
     v, minus = beams.logits.shape[-1], jnp.asarray(-jnp.inf, beams.running.dtype)
     rests = beams.done | (beams.reached >= cache.capacity)
     count = beams.reached - beams.starts + 1  # [B], new tokens with this one
     last = beams.reached + 1 >= beams.limits
-    total = jax.nn.log_softmax(beams.logits.astype(minus.dtype), axis=-1).reshape(b, w, v) + beams.running[:, :, None]
+    each = without(never, jax.nn.log_softmax(beams.logits.astype(minus.dtype), axis=-1))
+    total = each.reshape(b, w, v) + beams.running[:, :, None]
 
     # The W best that go on, and all that end: between them are the W best of all.
     ids = jnp.where(stops < 0, v, stops)
@@ -250,10 +262,6 @@ def _numbers(penalty: Any, early: Any) -> tuple[Any, Any]:
     return tuple((np if is_concrete(x) else jnp).asarray(x, dtype) for x, dtype in pairs)  # type: ignore[return-value]
 
 
-def _stops(ids: Sequence[int]) -> np.ndarray:
-    return loop.padded_stops(tuple(dict.fromkeys(int(i) for i in ids)))  # one that is named twice would end twice
-
-
 # ---------------------------------------------------------------- for `generate`
 
 
@@ -266,11 +274,13 @@ class Beam:
     early_stopping: bool
     returned: int
 
-    def begin(self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray) -> Searching:
+    def begin(
+        self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray, never: np.ndarray | None
+    ) -> Searching:
         """See `Algorithm`."""
         done = np.asarray(progress.stopped) | (np.asarray(progress.cache.lengths) >= limits)
         beams = _begun(progress.cache, progress.logits, starts, limits, done, width=self.width)
-        return Searching(progress, beams, self)
+        return Searching(progress, beams, self, never)
 
 
 def beam(width: int, *, length_penalty: float = 1.0, early_stopping: bool = False, returned: int = 1) -> Beam:
@@ -304,11 +314,13 @@ class Searching:
         first: the prompts, prefilled once, before they were forked.
         beams: where the search stands.
         beam: its numbers.
+        never: see `Algorithm.begin`.
     """
 
     first: loop.Progress
     beams: Beams
     beam: Beam
+    never: np.ndarray | None
 
     def look(self) -> tuple[np.ndarray, np.ndarray, int]:
         """See `UnderWay`."""
@@ -326,7 +338,7 @@ class Searching:
     def advance(self, model: Model, stops: np.ndarray, chunks: int) -> Searching:
         """See `UnderWay`."""
         numbers = _numbers(self.beam.length_penalty, self.beam.early_stopping)
-        beams = DONATING(model, self.beams, *numbers, stops, np.int32(chunks), chunk=loop.CHUNK)
+        beams = DONATING(model, self.beams, *numbers, stops, self.never, np.int32(chunks), chunk=loop.CHUNK)
         return dataclasses.replace(self, beams=beams)
 
     def count(self) -> tuple[int, int]:

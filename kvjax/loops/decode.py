@@ -266,10 +266,10 @@ def decode_until(
 
 
 def padded_stops(ids: Sequence[int]) -> np.ndarray:
-    """`[n]` int32, n a bucket of at least 8, so that another number of stop ids compiles nothing; -1 is no id."""
-    given = whole("stop_ids", list(ids), ((len(ids),),)) if len(ids) else np.zeros((0,), np.int32)
-    stops = np.full((bucket(max(len(ids), 1), 8),), -1, np.int32)
-    stops[: len(ids)] = given
+    """`[n]` int32, each once, n a bucket of at least 8, so that another number compiles nothing; -1 is no id."""
+    given = np.unique(whole("stop_ids", list(ids), ((len(ids),),))) if len(ids) else np.zeros((0,), np.int32)
+    stops = np.full((bucket(max(len(given), 1), 8),), -1, np.int32)
+    stops[: len(given)] = given
     return stops
 
 

@@ -241,7 +241,8 @@ class Run:
                 progress = loop.Progress(cache, logits, stopped, np.int32(0))  # type: ignore[arg-type]
             jax.block_until_ready(progress)
             progress.cache.check()
-            state = chosen.begin(progress, starts, limits)
+            never = getattr(lm, "never_ids", ())
+            state = chosen.begin(progress, starts, limits, loop.padded_stops(never) if never else None)
         spent = time.perf_counter() - began - made.seconds
         timings = Timings(compile=made.seconds, prefill=max(spent, 0.0), programs=made.count)
         return cls(lm, state, ids, sampler, seeds, stops, stopped, timings)

@@ -36,34 +36,33 @@ FULL = Config(VOCAB, 2, 32, query_heads=4, kv_heads=2, head_dim=8, ffn_width=48,
 WINDOWED = dataclasses.replace(FULL, windows=(WINDOW, WINDOW))
 MIXED = dataclasses.replace(FULL, windows=(WINDOW, None))
 RELATIVE = dataclasses.replace(
-    FULL,
+    MIXED,
     positions=Relative(8, 16),
-    encoder=dataclasses.replace(
-        FULL, num_layers=1, windows=(), positions=Relative(8, 16, bidirectional=True), tied=True
-    ),
+    encoder=Config(VOCAB, 1, 32, 4, 2, 8, 40, positions=Relative(8, 16, bidirectional=True)),
 )
-"""An encoder and a decoder as T5 has them: distances in buckets, norms before the sub-layers."""
-SINUSOIDAL = Config(
+"""An encoder and a decoder that count distances in buckets, as T5 does, with norms before the sub-layers."""
+POSTNORM = Config(
     VOCAB,
     1,
     32,
     query_heads=4,
     kv_heads=2,
     head_dim=8,
-    ffn_width=48,
+    ffn_width=24,
+    max_positions=CAPACITY,
     norm=LayerNorm(),
     norm_order=NormOrder.POST,
     activation=activations.relu,
     gated=False,
-    positions=Sinusoidal(),
+    positions=Learned(CAPACITY),
     qkv_bias=True,
     out_bias=True,
     ffn_bias=True,
     tied=False,
-    encoder=Config(VOCAB, 1, 24, 3, 1, 8, 40, 16, LayerNorm(), positions=Learned(16), embed_norm=True, tied=False),
+    encoder=Config(VOCAB, 1, 24, 3, 1, 8, 40, max_positions=16, norm=LayerNorm(), positions=Sinusoidal(), tied=False),
 )
-"""As in the first Transformer: waves, norms after the sub-layers, biases; its encoder has another width and a table of
-its own, and 16 positions."""
+"""Tables of positions, norms after the sub-layers, biases; its encoder has another width, waves, a table of its own and
+16 positions."""
 SAMPLER = sampling.chain(sampling.temperature(0.9))
 
 
@@ -285,7 +284,7 @@ __all__ = [
     "WINDOWED",
     "MIXED",
     "RELATIVE",
-    "SINUSOIDAL",
+    "POSTNORM",
     "WINDOW",
     "VOCAB",
     "BATCH",

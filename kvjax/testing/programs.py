@@ -10,12 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.caches.base import Cache
+from kvjax.caches.base import SOURCE, Cache
 from kvjax.caches.codecs import Store
+from kvjax.caches.cross import Source
 from kvjax.loops.decode import prefill, step
-from kvjax.model import Model, attend
+from kvjax.model import Model, attend, cross_attend
 from kvjax.ops.attention import EMPTY, Absorb
-from kvjax.testing.cases import BATCH, CAPACITY, VOCAB, Case, expect, prompt_ids
+from kvjax.testing.cases import (
+    BATCH,
+    CAPACITY,
+    SOURCES,
+    VOCAB,
+    Case,
+    equal,
+    expect,
+    prompt_ids,
+    read_of_sources,
+)
 
 Choose = Callable[[int, int], int]
 """`choose(low, high)` is a whole number, both ends included: a random generator's, or hypothesis's."""
@@ -150,6 +161,8 @@ def _spelled(params: Any, config: int, cache: Any, tokens: Any, valid: Any) -> t
         cache = cache.record(max(layer - 1, 0), "after_ffn" if layer else "embedding", h)
         q = jnp.ones((*tokens.shape, 4, 8), logits.dtype)
         out, cache = attend(cache, layer, q=q, kv=_spell, h=h, absorb=_absorb)
+        if SOURCE in cache.shared:
+            logits = logits + cross_attend(cache, layer, q=q, kv=_spell, kv_heads=2, absorb=_absorb)[:, :, 0, :1]
         logits = logits + out[:, :, 0, :1]
     return logits, cache.record(config - 1, "after_ffn", h)
 
@@ -164,11 +177,19 @@ def _absorb(h: Any) -> tuple[Absorb, None]:
     return Absorb(keys.transpose(1, 2, 0), values.transpose(1, 0, 2)), None
 
 
-class Books:
-    """A plain model of a cache: for each layer and row a list, by position, of key and value as stored."""
+def _spelled_source(rows: int) -> Source:
+    places = np.stack(np.broadcast_arrays(np.arange(rows)[:, None], np.arange(16)[None, :], 5), axis=-1)
+    lengths = jnp.asarray(SOURCES[:rows])
+    live = jnp.arange(16)[None, :, None] < lengths[:, None, None]
+    return Source(jnp.where(live, places.astype(np.float32), 0), lengths, jnp.zeros_like(lengths))
 
-    def __init__(self, layers: int, error: float) -> None:
-        self.error = error
+
+class Books:
+    """A plain model of a cache: for each layer and row a list, by position, of key and value as stored; and what is
+    kept of the source that each row reads."""
+
+    def __init__(self, layers: int, error: float, sources: list[Any]) -> None:
+        self.error, self.sources = error, list(sources)
         self.rows: list[list[list[tuple[Any, Any, bool]]]] = [[[] for _ in range(BATCH)] for _ in range(layers)]
         self.tokens: list[list[int]] = [[] for _ in range(BATCH)]
 
@@ -209,10 +230,15 @@ class Books:
             elif name != "resize":
                 rows = [rows[row] for row in argument]
             lists[:] = [list(row) for row in rows]
+        if name == "insert":
+            self.sources[argument[0]] = other.sources[argument[1]]
+        elif name not in ("rewind", "release", "resize"):
+            self.sources = [self.sources[row] for row in argument]
 
     def compare(self, cache: Cache, what: str) -> None:
         """Lengths, tokens, positions and what live slots hold, bit by bit."""
         lengths, fed = np.asarray(cache.lengths), np.asarray(cache.tokens)
+        equal(read_of_sources(cache), self.sources, f"{what}: what the rows read of their sources")
         for row, tokens in enumerate(self.tokens):
             size = len(tokens)
             expect(lengths[row] == size, f"{what}: row {row} has length {lengths[row]}, not {size}")
@@ -267,12 +293,17 @@ def bookkeeping(case: Case, choose: Choose | None = None, count: int = 24) -> No
         return
     layers = case.config.num_layers
     model = Model(jnp.zeros(()), layers, _spelled)
-    empty = case.empty_for(model)
+    source = None if case.config.encoder is None else _spelled_source(BATCH // case.share)
+    empty = case.empty_for(model, source=source)
     error = 0.0 if case.exact else 0.1  # half a step of int4 is 1 / 14 of the largest; here only bookkeeping is meant
-    ids, other_books = prompt_ids(7), Books(layers, error)
+    sources = read_of_sources(empty)
+    if source is not None:
+        for row, found in enumerate(sources):
+            _check_source(found, np.asarray(source.states)[row // case.share, : len(found[0][0])], layers, error)
+    ids, other_books = prompt_ids(7), Books(layers, error, sources)
     _, other = prefill(model, empty, ids, LENGTHS)
     other_books.extend(other, ids, LENGTHS)
-    cache, books = empty, Books(layers, error)
+    cache, books = empty, Books(layers, error, sources)
     for name, argument in program(choose or seeded(0), count, case.slack, case.refuses):
         if name == "extend":
             _, cache = prefill(model, cache, *argument)
@@ -287,6 +318,15 @@ def bookkeeping(case: Case, choose: Choose | None = None, count: int = 24) -> No
             expect(not np.asarray(cache.flags).any(), f"{name} set the flags {cache.flags}")
             books.perform(name, argument, other_books)
         books.compare(cache, name)
+
+
+def _check_source(found: list[np.ndarray], states: np.ndarray, layers: int, error: float) -> None:
+    """What is kept of one source is its states, or every layer's keys and then values of them."""
+    made = [np.asarray(x)[0].swapaxes(0, 1) for x in _spell(states[None])]
+    wanted = [states[None]] if len(found) == 1 else [x for x in made for _ in range(layers)]
+    for mine, theirs in zip(wanted, found, strict=True):
+        good = mine.shape == theirs.shape and np.abs(mine - theirs).max() <= error * np.abs(mine).max()
+        expect(good, f"of a source is kept {theirs.tolist()}, not {mine.tolist()}")
 
 
 __all__ = ["any_program", "bookkeeping", "program", "perform", "operate", "seeded", "Books", "Choose", "OPERATIONS"]
