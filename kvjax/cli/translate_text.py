@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
             bar.update(len(batch))
     if not args.json:
         seconds = time.perf_counter() - began
-        sys.stderr.write(f"{done:,} sources in {seconds:.2f} s, {args.beams} beams\n")
+        sys.stderr.write(f"{done:,} source{'s' * (done != 1)} in {seconds:.2f} s, {args.beams} beams\n")
 
 
 def translated(
