@@ -3,7 +3,8 @@
 Every buffer lies there as `[B, K, T, ...]` (pools of pages as `[P, K, page, ...]`), whatever its layout in memory, and
 as its codec keeps it: float8 and int4 are bytes already, and the plan says what they are. A tensor's name is its place
 in the tree, `layers/0/k/data`. The metadata say how the tree is made again: the plan as text (`caches.parse` reads it),
-the model's configuration and fingerprint, and a checksum over everything. Nothing is unpickled or evaluated.
+what is kept of a source and the shape that it had, the model's configuration and fingerprint, and a checksum over
+everything. Nothing is unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from safetensors.numpy import save_file
 
 from kvjax import caches
 from kvjax.caches import storage
-from kvjax.caches.base import Cache
+from kvjax.caches.base import SOURCE, Cache
 from kvjax.caches.codecs import Store
+from kvjax.caches.cross import Source
 from kvjax.caching import init_cache
 from kvjax.checkpoint import reader
 from kvjax.checkpoint.reader import SafetensorsFile, parse_json, show
@@ -38,11 +40,14 @@ from kvjax.checks import is_concrete
 from kvjax.errors import CacheError, CheckpointError, InputError
 from kvjax.model import Model
 
-VERSION = "1"
+VERSION = "2"
 """Of the file's layout; a file of another version is refused."""
 
-FIELDS = {"kvjax_cache", "kvjax", "plan", "config", "model", "checksum"}
+FIELDS = {"kvjax_cache", "kvjax", "plan", "source", "config", "model", "checksum"}
 """What the metadata hold, each as text."""
+
+FLOATS = {"float64", "float32", "float16", "bfloat16"}
+"""What a source's states may be."""
 
 DTYPES = {dtype.name for dtype in reader.DTYPES.values() if not dtype.name.startswith("float8")}
 """What may be written; every version of safetensors that kvjax supports reads it."""
@@ -71,7 +76,9 @@ def save_cache(path: str | os.PathLike[str], cache: Cache, model: Model) -> None
         what = "is a folder" if Path(path).is_dir() else "lies in a folder that does not exist"
         raise CacheError(f"save_cache: {path} {what}")
     tensors = _named(_apart(jax.tree.map(np.asarray, cache)))
-    expected = _named(_abstract(model, cache.plan, cache.batch, cache.capacity))
+    source = _about_source(cache)
+    cross = None if source is None else cache.shared[SOURCE].kind
+    expected = _named(_abstract(model, cache.plan, cache.batch, cache.capacity, source, cross))
     _compare(f"save_cache: a cache of {_plan_text(cache.plan)}", _shapes(tensors), _shapes(expected), CacheError)
     for name, x in tensors.items():
         if x.dtype.name not in DTYPES:
@@ -80,6 +87,7 @@ def save_cache(path: str | os.PathLike[str], cache: Cache, model: Model) -> None
         "kvjax_cache": VERSION,
         "kvjax": _version(),
         "plan": json.dumps([str(kind) for kind in cache.plan]),
+        "source": json.dumps(source),
         "config": json.dumps(_described(model.config)),
         "model": fingerprint(model.params),
     }
@@ -88,13 +96,14 @@ def save_cache(path: str | os.PathLike[str], cache: Cache, model: Model) -> None
         save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, fresh, metadata=about)
 
 
-def load_cache(path: str | os.PathLike[str], model: Model, *, plan: Any = None) -> Cache:
+def load_cache(path: str | os.PathLike[str], model: Model, *, plan: Any = None, cross: Any = None) -> Cache:
     """Reads what `save_cache` wrote; decoding goes on from it as from the cache that was saved.
 
     Args:
         path: of the file.
         model: the one that it was saved with: of the same configuration and the same parameters, bit for bit.
         plan: for kinds of one's own, which the file's text cannot name; None reads the plan from the file.
+        cross: the same for what is kept of a source.
 
     Raises:
         CheckpointError: the file is missing, cut off, damaged, of another version or of another model, or its tensors
@@ -111,13 +120,15 @@ def load_cache(path: str | os.PathLike[str], model: Model, *, plan: Any = None) 
         if (found := _checksum(about, tensors)) != about["checksum"]:
             said = show(about["checksum"][:16])
             raise CheckpointError(f"{path}: damaged: the contents have the checksum {found[:16]}…, it says {said}")
-        fields = {key: _json(path, key, about[key]) for key in ("plan", "config")}
+        fields = {key: _json(path, key, about[key]) for key in ("plan", "source", "config")}
         _same_model(path, model, fields["config"], about["model"])
         kinds = _kinds(path, fields["plan"], plan)
         shape = tensors["tokens"].shape if "tokens" in tensors else ()
         if len(shape) != 2 or not all(shape):
             raise CheckpointError(f"{path}: tokens are {list(shape)}, they must be [B, T]")
-        apart = _outlined(path, model, kinds, *shape)
+        source = fields["source"]
+        cross = _cross(path, source, cross)
+        apart = _outlined(path, model, kinds, *shape, source, cross)
         expected = _named(apart)
         _compare(f"{path}: a cache of {_plan_text(kinds)}", _shapes(tensors), _shapes(expected), CheckpointError)
         made = jax.tree.unflatten(jax.tree.structure(apart), [tensors[name] for name in expected])
@@ -177,9 +188,43 @@ def _named(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _abstract(model: Model, plan: Any, batch: int, capacity: int) -> Any:
-    """What `_apart` makes of an empty cache, nothing allocated."""
-    return jax.eval_shape(lambda: _apart(init_cache(model, plan, batch=batch, capacity=capacity)))
+def _abstract(model: Model, plan: Any, batch: int, capacity: int, source: Any, cross: Any) -> Any:
+    """What `_apart` makes of an empty cache, nothing allocated; `source` is as `_about_source` says."""
+    how: dict[str, Any] = {"batch": batch, "capacity": capacity}
+    if source is None:
+        return jax.eval_shape(lambda: _apart(init_cache(model, plan, **how)))
+    rows, row = tuple(source["states"]), jax.ShapeDtypeStruct((source["states"][0],), jnp.int32)
+    given = Source(jax.ShapeDtypeStruct(rows, jnp.dtype(source["dtype"])), row, row)  # type: ignore[arg-type]
+    return jax.eval_shape(lambda given: _apart(init_cache(model, plan, source=given, cross=cross, **how)), given)
+
+
+def _about_source(cache: Cache) -> dict[str, Any] | None:
+    """What is kept of the source, as JSON: the word, and shape `[R, S, E]` and dtype of the states; None without."""
+    entry = cache.shared.get(SOURCE)
+    if entry is None:
+        return None
+    shape = [entry.lengths.shape[0], entry.slots, entry.width]
+    return {"kind": str(entry.kind), "states": shape, "dtype": jnp.dtype(entry.dtype).name}
+
+
+def _cross(path: Any, source: Any, cross: Any) -> Any:
+    """What is kept of the source, if the metadata say of it what `_about_source` writes; None without one."""
+    if source is None:
+        return None
+    good = isinstance(source, dict) and source.keys() == {"kind", "states", "dtype"}
+    if good:
+        shape = source["states"]
+        good = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+    if not good or source["dtype"] not in FLOATS or not isinstance(source["kind"], str):
+        raise CheckpointError(f"{path}: source is {show(source)}, it must be null, or kind, states [R, S, E] and dtype")
+    if cross is not None:
+        if str(cross) != source["kind"]:
+            raise CheckpointError(f"{path}: of the source {show(source['kind'])} is kept there, {cross} is given")
+        return cross
+    try:
+        return caches.parse(source["kind"])
+    except InputError as error:
+        raise CheckpointError(f"{path}: source: {error}; for a kind of your own give load_cache cross") from error
 
 
 def _compare(what: str, found: dict[str, str], expected: dict[str, str], error: type[Exception]) -> None:
@@ -268,9 +313,11 @@ def _kinds(path: Any, texts: Any, plan: Any) -> tuple[Any, ...]:
     return tuple(made[text] for text in texts)
 
 
-def _outlined(path: Any, model: Model, kinds: tuple[Any, ...], batch: int, capacity: int) -> Any:
+def _outlined(
+    path: Any, model: Model, kinds: tuple[Any, ...], batch: int, capacity: int, source: Any, cross: Any
+) -> Any:
     try:
-        return _abstract(model, kinds, batch, capacity)
+        return _abstract(model, kinds, batch, capacity, source, cross)
     except (InputError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: no cache of {_plan_text(kinds)} for this model: {error}") from error
 

@@ -1,5 +1,5 @@
-"""The kinds that the promises are tested on. A new kind: its name in `caches.KINDS`, or `caches.CROSS_KINDS` if it is of a
-source, and a line here."""
+"""The kinds that the promises are tested on. A new kind: its name in `caches.KINDS` or `caches.CROSS_KINDS`, and a line
+here."""
 
 from __future__ import annotations
 

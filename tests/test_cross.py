@@ -175,7 +175,7 @@ def test_under_jit_it_is_flagged_and_only_its_rows_are_refused():
         (run_encoder(model.replace(params=params), seven, lengths), NAN),
     ):
         assert wrong.flags.tolist() == [0, bit | NO_SOURCE, 0] and np.isfinite(wrong.states).all()
-        found, want = (kvjax.forward(model, FEED, source=x) for x in (wrong, good))
+        found, want = (kvjax.forward(model, prompt_ids(), source=x) for x in (wrong, good))
         assert np.isnan(found[1]).all() and np.array_equal(found[::2], want[::2])
 
 
@@ -231,11 +231,12 @@ def moved(cross, how, program):
 def test_reordered_beams_neither_gather_nor_copy_the_source(cross, program):
     extra, copies = moved(cross, "reorder", program)
     print(f"{jax.__version__}: {extra:.4f} of the source beside the arguments")
-    assert extra <= 0.05 and copies == []
+    assert extra <= 0.1 and copies == []  # scores are 2 % of the encoder's output
 
 
 def test_the_measure_catches_rows_that_take_their_source_along():
-    extra, _ = moved(CROSS["cross"], "take", "step")
+    with pytest.warns(UserWarning, match="donated buffers were not usable"):
+        extra, _ = moved(CROSS["cross"], "take", "step")
     assert extra > 1
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kinds import TABLE, each
-from models import FULL, MIXED, STEPS, WINDOW, filled, tiny
+from kinds import TABLE, each, of_sources
+from models import FULL, MIXED, POSTNORM, STEPS, WINDOW, filled, prompt_ids, tiny
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -62,6 +62,80 @@ def test_every_kind_and_codec_comes_back_as_stored(model, plan, tmp_path):
     assert kept < path.stat().st_size < kept + 5000, "codes lie there as narrow as in memory"
 
 
+@each(cases=of_sources)
+def test_a_cache_with_a_source_comes_back_and_decodes_on(case, tmp_path):
+    path = tmp_path / "talk.safetensors"
+    logits, cache = case.filled()
+    for some in (cache, cache.fork(2), cache.take(np.array([2, 0]))):
+        kvjax.save_cache(path, some, case.model)
+        assert_same(kvjax.load_cache(path, case.model), some)
+    kvjax.save_cache(path, cache, case.model)
+    ours = kvjax.decode(case.model, kvjax.load_cache(path, case.model), logits, steps=STEPS)
+    assert_same(ours, kvjax.decode(case.model, cache, logits, steps=STEPS))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("cross", [k(store=make()) for k in caches.CROSS_KINDS for make in codecs.CODECS[:-1]], ids=str)
+def test_what_is_kept_of_a_source_comes_back_as_stored(cross, tmp_path):
+    path, case = tmp_path / "bits.safetensors", dataclasses.replace(of_sources()[0], config=POSTNORM, cross=cross)
+    kvjax.save_cache(path, case.empty(), case.model)
+    assert_same(kvjax.load_cache(path, case.model), case.empty())
+
+
+@pytest.mark.full
+def test_rows_that_share_a_prefix_and_its_source_come_back(tmp_path):
+    path, model = tmp_path / "prefix.safetensors", tiny(POSTNORM)
+    given = kvjax.encode(model, prompt_ids(0, 1, 9))
+    prefix = kvjax.init_cache(model, caches.dense(), source=given, capacity=16)
+    _, prefix = kvjax.prefill(model, prefix, prompt_ids(1, 1, 5))
+    cache = kvjax.init_cache(model, caches.dense(), prefix=prefix, batch=3, capacity=32)
+    kvjax.save_cache(path, cache, model)
+    assert_same(kvjax.load_cache(path, model), cache)
+
+
+STATES = '"states": [3, 16, 24], "dtype": "float32"'
+
+
+@pytest.mark.parametrize(
+    "about, tensors, message",
+    [
+        ({"source": "null"}, {}, "attends to a source"),
+        ({"source": None}, {}, "metadata are"),
+        ({"source": "]"}, {}, "source in the metadata"),
+        ({"source": "[1]"}, {}, r"source is .*must be null, or kind, states \[R, S, E\] and dtype"),
+        ({"source": f'{{"kind": "cross()", {STATES}, "more": 1}}'}, {}, "must be null, or kind"),
+        ({"source": '{"kind": "cross()", "states": [3, 0, 24], "dtype": "float32"}'}, {}, "must be null, or kind"),
+        ({"source": '{"kind": "cross()", "states": [3, 16, 24], "dtype": "object"}'}, {}, "must be null, or kind"),
+        ({"source": f'{{"kind": "own()", {STATES}}}'}, {}, "source: .*own is none of .*give load_cache cross"),
+        ({"source": f'{{"kind": "dense()", {STATES}}}'}, {}, "is not what can be kept of a source"),
+        ({"source": f'{{"kind": "encoder_output()", {STATES}}}'}, {}, "shared/source/k/0/data nowhere"),
+        ({"source": '{"kind": "cross()", "states": [3, 16, 32], "dtype": "float32"}'}, {}, "states of width 32"),
+        ({"source": '{"kind": "cross()", "states": [2, 16, 24], "dtype": "float32"}'}, {}, "batch 3 is no multiple"),
+        ({"source": '{"kind": "cross()", "states": [3, 32, 24], "dtype": "float32"}'}, {}, "shared/source/k/0/data"),
+        ({}, {"shared/source/lengths": None}, r"shared/source/lengths int32\[3\], but there is none"),
+    ],
+)
+def test_a_source_that_does_not_fit_is_named(with_source, about, tensors, message):
+    changed(with_source, about, tensors)
+    with pytest.raises(CheckpointError, match=message) as error:
+        kvjax.load_cache(with_source, tiny(POSTNORM))
+    assert str(with_source) in str(error.value) and len(str(error.value)) < 600
+
+
+def test_another_word_for_what_is_kept_of_a_source_is_refused(with_source):
+    with pytest.raises(CheckpointError, match=r"'cross\(\)' is kept there, encoder_output\(\) is given"):
+        kvjax.load_cache(with_source, tiny(POSTNORM), cross=caches.encoder_output())
+    kvjax.load_cache(with_source, tiny(POSTNORM), cross=caches.cross())
+
+
+@pytest.fixture
+def with_source(tmp_path):
+    path, model = tmp_path / "source.safetensors", tiny(POSTNORM)
+    given = kvjax.encode(model, prompt_ids(0, 3, 9))
+    kvjax.save_cache(path, kvjax.init_cache(model, caches.dense(), source=given, capacity=32), model)
+    return path
+
+
 def test_every_buffer_lies_there_by_rows_and_heads(tmp_path):
     path = tmp_path / "one.safetensors"
     config = dataclasses.replace(MIXED, kv_heads=1)
@@ -108,7 +182,7 @@ def test_a_fitting_checksum_alone_changes_nothing(saved):
 @pytest.mark.parametrize(
     "about, tensors, message",
     [
-        ({"kvjax_cache": "2"}, {}, "version '2'; this reads version 1"),
+        ({"kvjax_cache": "1"}, {}, "version '1'; this reads version 2"),
         ({"kvjax_cache": None}, {}, "version 'none'"),
         ({"more": "x"}, {}, "metadata are .*'more'"),
         ({"plan": None}, {}, "metadata are"),

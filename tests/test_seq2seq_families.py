@@ -12,7 +12,7 @@ import pytest
 
 import kvjax
 from kvjax import caches
-from kvjax.lm import load
+from kvjax.lm import load, read_config
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 import parity
@@ -140,15 +140,17 @@ def test_chunks_and_steps_through_other_kinds_give_the_reference_logits(name, pl
     assert_chunks(model_of(name, 0, tmp_path), name, plan, caches.encoder_output(absorb=True))
 
 
-@pytest.mark.parametrize("name", ["t5", "t5_v11"])
-def test_all_buckets_and_distances_beyond_the_largest_occur(name):
-    config = cases_of(name)
-    assert config["relative_attention_max_distance"] < min(min(cases.SOURCES[0], cases.SOURCES[4]), cases.RANDOM) - 4
-    assert config["relative_attention_num_buckets"] // 4 >= 2  # some buckets hold one distance, some several
-
-
-def cases_of(name):
-    return next(case.config for case in cases.SEQ2SEQ if case.name == name)
+def test_all_buckets_and_distances_beyond_the_largest_occur_in_what_is_compared():
+    config = read_config(golden("t5")[0]["config"], strict=True)[1]
+    for stack, length in ((config, cases.RANDOM), (config.encoder, cases.SOURCES[0])):
+        positions, steps = stack.positions, np.arange(length)
+        numbers = positions.bias({"table": jnp.arange(positions.buckets)[:, None]})
+        ahead = steps[None, :] - steps[:, None]
+        seen = ahead <= 0 if stack is config else ahead < length
+        found = np.asarray(numbers(jnp.asarray(steps)[:, None], jnp.asarray(steps)[None, :])[0])[seen]
+        never = {positions.buckets // 2} if positions.bidirectional else set()  # ahead by nothing
+        assert set(found.tolist()) == set(range(positions.buckets)) - never
+        assert length - 1 > positions.max_distance
 
 
 # Negative controls: details that are easy to get wrong; each must fail the check that the right one passes.
