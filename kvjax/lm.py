@@ -37,7 +37,8 @@ class LM:
         eos_ids: tokens that end a text, possibly none.
         bos_id: the token that begins one, or None.
         start_ids: what every target begins with, for a model with an encoder: its start token, then the forced first
-            token if there is one (`decoder_start_token_id`, `forced_bos_token_id`).
+            token if there is one (`decoder_start_token_id`, `forced_bos_token_id`). What `forced_eos_token_id` forces,
+            an end where the budget ends, is not.
         never_ids: tokens that are never chosen, for example the padding of translation models (`bad_words_ids`).
     """
 

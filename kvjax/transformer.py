@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -39,7 +42,9 @@ def apply_decoder(
     return final_norm(params, config, x), cache
 
 
-def apply_encoder(params: Params, config: Config, tokens: Array, valid: Array) -> Array:
+def apply_encoder(
+    params: Params, config: Config, tokens: Array, valid: Array, apply: Callable[..., Any] = apply_decoder
+) -> Array:
     """Runs the encoder over source texts: the decoder's own layers, whose tokens see each other both ways.
 
     Args:
@@ -47,6 +52,7 @@ def apply_encoder(params: Params, config: Config, tokens: Array, valid: Array) -
         config: the decoder, with its encoder.
         tokens: `[R, S]` int32.
         valid: `[R]` int32, how many of a row's tokens are real.
+        apply: runs the layers.
 
     Returns:
         States `[R, S, E]`; those of padding mean nothing.
@@ -59,7 +65,7 @@ def apply_encoder(params: Params, config: Config, tokens: Array, valid: Array) -
     span = Span(start, valid, jnp.broadcast_to(steps[None, :], tokens.shape))
     layers = (Recompute(causal=False),) * config.encoder.num_layers
     with jax.named_scope("encoder"):
-        return apply_decoder(own, config.encoder, OpenCache(layers, {}, span), tokens, valid)[0]
+        return apply(own, config.encoder, OpenCache(layers, {}, span), tokens, valid)[0]
 
 
 def embed(params: Params, config: Config, tokens: Array, positions: Array) -> Array:

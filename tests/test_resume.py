@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
@@ -9,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CAPACITY, MIXED, ONE_LAYER, WINDOW, filled, prompt_ids, tiny
+from models import CAPACITY, FULL, MIXED, ONE_LAYER, WINDOW, filled, prompt_ids, tiny
 from naive import gap, run
 
 import kvjax
 from kvjax import CacheError, InputError, caches
 from kvjax.caches.base import REWIND
+from kvjax.caches.cross import Cross
 from kvjax.loops import resume as loop
+from kvjax.params import abstract_params
 from kvjax.timing import Compilations
 
 VALID = np.array([16, 12, 9])
@@ -253,3 +256,39 @@ def test_what_cannot_be_resumed_is_a_clear_error():
     one = tiny(ONE_LAYER)
     _, below = filled(one, caches.traced(sites=("embedding",)))
     assert kvjax.resume(one, below, 0, 0)[0].shape == (3, 96)
+
+
+TRANSLATOR = dataclasses.replace(FULL, encoder=FULL)
+
+
+def test_with_a_source_the_layers_below_are_left_out_as_without_one(monkeypatch):
+    model, row = kvjax.decoder(TRANSLATOR, abstract_params(TRANSLATOR)), jax.ShapeDtypeStruct((1,), jnp.int32)
+    source = kvjax.Source(jax.ShapeDtypeStruct((1, 9, 32), jnp.float32), row, row)
+    cache = jax.eval_shape(lambda x: kvjax.init_cache(model, caches.hybrid(), source=x, capacity=32), source)
+
+    def branches():
+        program = jax.make_jaxpr(lambda m, c: loop.VALUE.__wrapped__(m, c, 1, row_of(3), jnp.zeros((1, 16, 32)), 0))
+        return str(program(model, cache)).count(" cond[")
+
+    assert branches() == TRANSLATOR.num_layers
+    monkeypatch.setattr(Cross, "still", False)
+    assert branches() == 0
+
+
+def row_of(number):
+    return jnp.array([number], jnp.int32)
+
+
+@pytest.mark.full
+def test_with_a_source_resuming_gives_what_was_there_and_leaves_what_lies_below():
+    model = tiny(TRANSLATOR)
+    source = kvjax.encode(model, prompt_ids(3, 3)[:, :9], [9, 4, 1])
+    cache = kvjax.init_cache(model, caches.hybrid(), source=source, capacity=32)
+    logits, cache = kvjax.prefill(model, cache, prompt_ids(1, 3), VALID)
+    again, same = kvjax.resume(model, cache, 1, VALID - 3)
+    same.check()
+    assert gap(again, logits) < EXACT
+    patched, other = kvjax.resume(model, cache, 1, VALID - 3, patch_of(2))
+    assert gap(patched, logits) > 100 * EXACT
+    for site in ("embedding", "after_self_attention", "after_cross_attention", "after_ffn"):
+        np.testing.assert_array_equal(other.trace(0, site), cache.trace(0, site))

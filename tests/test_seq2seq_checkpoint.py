@@ -1,5 +1,6 @@
 """Checkpoints of models with an encoder: one table under many names, rows that carry nothing, how targets begin."""
 
+import base64
 import functools
 import json
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import kvjax
 from kvjax.errors import CheckpointError
 from kvjax.lm import load
 from kvjax.params import declare
@@ -182,16 +184,31 @@ def test_a_beginning_that_is_no_id_of_the_vocabulary_is_an_error(tmp_path, value
         load(write(tmp_path, "bart", tensors_of("bart"), decoder_start_token_id=value))
 
 
-def test_ids_that_are_never_written_are_read(tmp_path):
-    """Marian's padding has the logit 0, often the largest: its files list it among the bad words."""
+def test_ids_that_are_never_written_are_those_of_bad_words(tmp_path):
+    """Marian's padding has the logit 0, often the largest: its files list it there."""
     folder = write(tmp_path, "marian", tensors_of("marian"), bad_words_ids=[[63], [5]])
     assert load(folder, strict=True).never_ids == (63, 5)
-    (folder / "generation_config.json").write_text('{"bad_words_ids": [[63]]}')
-    assert load(folder).never_ids == (63,)
-    for wrong in ([63], [["x"]], [[64]], "x"):
-        (folder / "generation_config.json").write_text(json.dumps({"bad_words_ids": wrong}))
-        with pytest.raises(CheckpointError, match="bad_words_ids"):
-            load(folder)
-    (folder / "generation_config.json").write_text('{"bad_words_ids": [[63], [1, 2]]}')
-    with pytest.warns(UserWarning, match=r"bad_words_ids \[1, 2\]"):
+    (folder / "generation_config.json").write_text('{"bad_words_ids": [[64]]}')
+    with pytest.raises(CheckpointError, match="bad_words_ids has 64, the vocabulary has 64"):
         load(folder)
+
+
+@pytest.mark.full
+def test_a_folder_of_marian_translates_text_and_takes_the_beginning_of_a_target(tmp_path):
+    pytest.importorskip("sentencepiece")
+    files = json.loads((parity.GOLDEN / "tokenizers.json").read_text())["marian"]["files"]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(base64.b64decode(content))
+    size = len(json.loads((tmp_path / "vocab.json").read_text()))
+    shapes = {key: tuple(size if n == 64 else n for n in shape) for key, shape in golden("marian")["shapes"].items()}
+    ids = {"vocab_size": size, "decoder_start_token_id": size - 1, "bad_words_ids": [[size - 1]], "eos_token_id": 0}
+    write(tmp_path, "marian", cases.weights(shapes, 0, **golden("marian")["weights"]), **ids)
+    lm = load(tmp_path, strict=True)
+    begin = lm.tokenizer.encode_target("die")
+    out = kvjax.generate(lm, ["the cat sat", "who?"], target=["die", ""], max_new_tokens=8)
+    assert out.prompts == [[size - 1, *begin], [size - 1]] and out.text[1]
+    ids = [lm.encode(text) for text in ("the cat sat", "who?")]
+    same = kvjax.generate(lm, ids, target=[begin, []], max_new_tokens=8)
+    np.testing.assert_array_equal(same.tokens, out.tokens)
+    assert "die" + out.text[0] == lm.decode([*begin, *out.tokens[0]])
+    assert size - 1 not in out.tokens

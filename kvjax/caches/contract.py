@@ -168,6 +168,9 @@ class Shared(struct.Value):
     Every operation gives the entry and `[B]` int32 flags, bits for the rows where it could not be done.
     """
 
+    still = False
+    """Whether the text changes nothing in it: tokens fed, rewound or fed again."""
+
     @property
     def least(self) -> Any:
         """Tokens that a row cannot lose: a number, or `[1]` int32."""

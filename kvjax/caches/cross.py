@@ -63,6 +63,8 @@ class Cross(Shared):
     slots: int = struct.static()
     share: int = struct.static()
     kind: Any = struct.static()
+
+    still = True
     width: int = struct.static()
     dtype: Any = struct.static()
 

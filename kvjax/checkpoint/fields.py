@@ -93,16 +93,16 @@ HARMLESS = frozenset(
     chunk_size_feed_forward dtype finetuning_task id2label initializer_range label2id output_past
     transformers.js_config name_or_path num_labels output_attentions output_hidden_states pad_token_id prefix
     pretraining_tp problem_type return_dict sep_token_id task_specific_params tf_legacy_loss tokenizer_class
-    torch_dtype torchscript transformers_version unk_token_id use_bfloat16 use_cache bad_words_ids
-    begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size
-    num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty
-    return_dict_in_generate suppress_tokens temperature top_k top_p typical_p""".split()
+    torch_dtype torchscript transformers_version unk_token_id use_bfloat16 use_cache begin_suppress_tokens
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens temperature top_k top_p typical_p""".split()
 )
 # Keys that `load` or every config map reads.
 USED = frozenset(
-    """bos_token_id decoder_start_token_id eos_token_id force_bos_token_to_be_generated forced_bos_token_id model_type
-    tie_word_embeddings vocab_size""".split()
+    """bad_words_ids bos_token_id decoder_start_token_id eos_token_id force_bos_token_to_be_generated
+    forced_bos_token_id model_type tie_word_embeddings vocab_size""".split()
 )
 # Keys that change what the model computes in a way that no family here implements: key -> values that change nothing.
 REFUSED: Mapping[str, tuple[Any, ...]] = {

@@ -38,13 +38,14 @@ def _resume(
     for i, limit in _limits(cache):
         wrong |= (layer <= i) & (position < cache.written - limit)
     base, shared, flags = cache, cache.shared, cache.flags
-    if shared:  # what layers share must be given back and reserved, for all layers: those below run again as well
+    moves = any(not entry.still for entry in shared.values())
+    if moves:  # what layers share must be given back and reserved, for all layers: those below run again as well
         base = cache.replace(flags=jnp.zeros_like(flags)).rewind(start)
         wrong |= base.flags != 0
     steps = jnp.arange(s, dtype=jnp.int32)[None, :]
     places = start[:, None] + steps
     span = Span(start, jnp.where(wrong, 0, cache.lengths - start), places)
-    if shared:
+    if moves:
         shared, refused = base.reserve(span)
         span, flags = span.replace(valid=jnp.where(refused != 0, 0, span.valid)), flags | refused
     at = jnp.clip(places, 0, cache.capacity - 1)[:, :, None]
@@ -64,12 +65,12 @@ def _resume(
 
         def run(x: Array, node: Any, i: int = i, kept: Any = kept) -> tuple[Array, Any]:
             x = x if kept is None else jnp.where(layer == i, given(kept), x)
-            node = node if base.shared else node.rewind(start, base.shared, shared)
+            node = node if moves else node.rewind(start, base.shared, shared)
             opened = OpenCache((*(None,) * i, node), shared, span)
             x, opened = decoder_layer(params["layers"][str(i)], c, x, opened, i, rotations[i])
             return x, opened.layers[i]
 
-        x, node = run(x, node) if shared else lax.cond(layer <= i, run, lambda x, node: (x, node), x, node)
+        x, node = run(x, node) if moves else lax.cond(layer <= i, run, lambda x, node: (x, node), x, node)
         layers.append(node)
     last = jnp.clip(cache.lengths - 1 - start, 0, s - 1)[:, None, None]
     x = final_norm(params, c, jnp.take_along_axis(x, last, axis=1))  # [B, 1, M]

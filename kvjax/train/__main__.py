@@ -1,4 +1,4 @@
-"""`python -m kvjax.train lm | induction | eval`: train the bundled models, or measure a language model."""
+"""`python -m kvjax.train lm | induction | seq2seq | eval`: train the bundled models, or measure one."""
 
 from __future__ import annotations
 
@@ -18,43 +18,50 @@ EXAMPLES = """examples:
       a smaller one, on another text
   python -m kvjax.train induction --out runs/induction
       trains the bundled model of the copying task (5 minutes on one core)
+  python -m kvjax.train seq2seq --text ar2en-train.txt --out runs/ar2en
+      trains the bundled transliterator on lines of source, tab, target
   python -m kvjax.train eval --text tinyshakespeare.txt
       nats per character of the bundled model on the text's last 111,540 characters
   python -m kvjax.train eval runs/my/model --text my.txt
+  python -m kvjax.train eval ar2en --text ar2en-eval.txt
+      exact matches and character error rate of the bundled transliterator, greedy and with four beams
 """
 
 
 def _parser() -> argparse.ArgumentParser:
-    from kvjax.train import induction
-    from kvjax.train.lm import Settings
+    from kvjax.train import induction, lm, seq2seq
 
     parser = argparse.ArgumentParser(
         prog="python -m kvjax.train",
-        description="Train the bundled models, or measure a language model.",
+        description="Train the bundled models, or measure one.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     style: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    train = commands.add_parser("lm", help="train a small Llama on a text", **style)
-    train.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
-    train.add_argument("--out", type=Path, required=True, help="directory of the checkpoint and of model/")
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
-    for field in dataclasses.fields(Settings):
-        option = "--" + field.name.replace("_", "-")
-        train.add_argument(option, type=type(field.default), default=field.default, help=f"default {field.default}")
+    for name, settings, what, text in (
+        ("lm", lm.Settings, "train a small Llama on a text", "UTF-8 text file"),
+        ("seq2seq", seq2seq.Settings, "train a small mBART on pairs of names", "lines of source, tab, target in UTF-8"),
+    ):
+        train = commands.add_parser(name, help=what, **style)
+        train.add_argument("--text", type=Path, required=True, help=text)
+        train.add_argument("--out", type=Path, required=True, help="directory of the checkpoint and of model/")
+        train.add_argument("--quiet", action="store_true", help="no progress bar")
+        for field in dataclasses.fields(settings):
+            option = "--" + field.name.replace("_", "-")
+            train.add_argument(option, type=type(field.default), default=field.default, help=f"default {field.default}")
     copying = commands.add_parser("induction", help="train a tiny Llama to copy", **style)
     copying.add_argument("--out", type=Path, required=True, help="directory of the checkpoint and of model/")
     copying.add_argument("--quiet", action="store_true", help="no progress bar")
     for name in induction.OPTIONS:
         default = getattr(induction.SETTINGS, name)
         copying.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
-    measure = commands.add_parser("eval", help="nats per character on the end of a text", **style)
+    measure = commands.add_parser("eval", help="loss on the end of a text, or errors on pairs", **style)
     measure.add_argument("model", nargs="?", default="shakespeare", help="bundled name or directory (shakespeare)")
-    measure.add_argument("--text", type=Path, required=True, help="the text that the model was trained on")
+    measure.add_argument("--text", type=Path, required=True, help="the text that the model was trained on, or pairs")
     measure.add_argument("--any-text", action="store_true", help="do not insist on the text of the model card")
     measure.add_argument(
-        "--record", action="store_true", help="write the loss into the package's record and model card"
+        "--record", action="store_true", help="write the result into the package's record and model card"
     )
     return parser
 
@@ -76,20 +83,48 @@ def _induction(args: argparse.Namespace) -> None:
     print(f"{progress.best_loss:.5f} nats per copied token at step {progress.best_step}: {args.out / 'model'}")
 
 
-def _eval(args: argparse.Namespace) -> None:
-    from kvjax.train.measure import measure, record_test_loss
+def _seq2seq(args: argparse.Namespace) -> None:
+    from kvjax.train import seq2seq
 
+    settings = seq2seq.Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(seq2seq.Settings)})
+    progress = seq2seq.train(args.text, args.out, settings, quiet=args.quiet)
+    print(f"held-out {progress.best_loss:.4f} nats per character at step {progress.best_step}: {args.out / 'model'}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from kvjax.checkpoint.source import resolve
+    from kvjax.train.measure import measure, record_test_loss
+    from kvjax.train.package import read_record
+
+    folder, _ = resolve(args.model, None)
+    if "pairs" in read_record(folder):
+        _eval_pairs(args, folder)
+        return
     found = measure(args.model, args.text, any_text=args.any_text)
     if args.record:
         record_test_loss(args.model, found)
     print(f"{found.loss:.4f} nats per character ({found.chars:,} characters, {found.tokens:,} tokens)")
 
 
+def _eval_pairs(args: argparse.Namespace, folder: Path) -> None:
+    from kvjax.lm import load
+    from kvjax.train.accuracy import measure
+    from kvjax.train.pairs import read_pairs
+    from kvjax.train.translator import record_accuracy
+
+    wanted = read_pairs(args.text)
+    found = measure(load(folder), wanted)
+    if args.record:
+        record_accuracy(folder, args.text.name, found)
+    for name, one in found.items():
+        print(f"{name}: {one.exact:.4f} exact, character error rate {one.errors:.4f} ({len(wanted):,} pairs)")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 on success, 1 on an error (one line on stderr), 130 on an interrupt."""
     args = _parser().parse_args(argv)
     try:
-        {"lm": _lm, "induction": _induction, "eval": _eval}[args.command](args)
+        {"lm": _lm, "induction": _induction, "seq2seq": _seq2seq, "eval": _eval}[args.command](args)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the checkpoint", file=sys.stderr)
         return 130

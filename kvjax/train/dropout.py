@@ -1,4 +1,4 @@
-"""The library's decoder with residual dropout, for training only; at rate 0 it is `kvjax.model.apply_decoder`."""
+"""The library's decoder and encoder with residual dropout, for training only; at rate 0 `kvjax.transformer`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import jax.numpy as jnp
 
 from kvjax.caches.base import OpenCache
 from kvjax.config import Config
-from kvjax.layers import Rotation, feed_forward, joined, normed, self_attention
+from kvjax.layers import Rotation, cross_attention, feed_forward, joined, normed, self_attention
 from kvjax.model import Model
-from kvjax.transformer import decoder_head, embed, final_norm
+from kvjax.transformer import apply_encoder, decoder_head, embed, final_norm
 from kvjax.types import Array, Params
+
+ENCODER = 1 << 16
+"""Folded into the key of the encoder's pattern; a decoder's sites have smaller numbers."""
 
 
 def dropping(config: Config, params: Params, key: Array, rate: Any) -> Model:
@@ -30,9 +33,16 @@ def dropping(config: Config, params: Params, key: Array, rate: Any) -> Model:
     Returns:
         A `kvjax.model.Model` for `kvjax.model.forward`.
     """
-    return Model(
-        dict(params, dropout={"key": key, "rate": jnp.asarray(rate, jnp.float32)}), config, _apply, decoder_head
-    )
+    rate = jnp.asarray(rate, jnp.float32)
+    params = dict(params, dropout={"key": key, "rate": rate})
+    if config.encoder is None:
+        return Model(params, config, _apply, decoder_head)
+    params["encoder"] = dict(params["encoder"], dropout={"key": jax.random.fold_in(key, ENCODER), "rate": rate})
+    return Model(params, config, _apply, decoder_head, _encode)
+
+
+def _encode(params: Params, config: Config, tokens: Array, valid: Array) -> Array:
+    return apply_encoder(params, config, tokens, valid, _apply)
 
 
 def _apply(params: Params, config: Config, cache: OpenCache, tokens: Array, valid: Array) -> tuple[Array, OpenCache]:
@@ -51,6 +61,9 @@ def _apply(params: Params, config: Config, cache: OpenCache, tokens: Array, vali
         p = params["layers"][str(layer)]
         y, cache = self_attention(p, config, x, cache, layer, rotations[layer])
         x = joined(p, config, "attn", x, drop(y, 2 * layer + 1))
+        if config.encoder is not None:
+            y = cross_attention(p, config, x, cache, layer)
+            x = joined(p, config, "cross", x, drop(y, 2 * config.num_layers + 1 + layer))
         y = feed_forward(p["ffn"], config, normed(p, config, "ffn", x))
         x = joined(p, config, "ffn", x, drop(y, 2 * layer + 2))
     return final_norm(params, config, x), cache

@@ -10,11 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from kvjax.config import Config
 from kvjax.errors import InputError
@@ -22,6 +20,7 @@ from kvjax.model import Model, decoder, forward
 from kvjax.params import init_params
 from kvjax.train import data
 from kvjax.train.dropout import dropping
+from kvjax.train.optimise import State, advance, begin
 from kvjax.types import Array, Params
 
 
@@ -82,14 +81,13 @@ class Settings:
             max_positions=self.context,
         )
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW with a warm-up and a cosine, clipped; norm scales do not decay."""
-        rate = optax.warmup_cosine_decay_schedule(0.0, self.lr, self.warmup, self.steps, self.lr * self.final_lr)
-        matrices = partial(jax.tree.map, lambda p: p.ndim > 1)
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(rate, b1=0.9, b2=self.beta2, weight_decay=self.weight_decay, mask=matrices),
-        )
+    def initial_state(self, vocab_size: int) -> State:
+        """See `initial_state`."""
+        return initial_state(self, vocab_size)
+
+    def train_block(self, vocab_size: int) -> Callable[[State, Array], tuple[State, Array]]:
+        """See `train_block`."""
+        return train_block(self, vocab_size)
 
     def recut_share(self, step: int) -> float:
         """The share of words that are cut anew from `step` on."""
@@ -97,19 +95,9 @@ class Settings:
         return self.recut * min(1.0, max(0.0, left))
 
 
-class State(NamedTuple):
-    """What a step reads and writes; with the settings and the text it determines the rest of the run."""
-
-    params: Params
-    opt: Any
-    ema: Params
-    step: Array
-
-
 def initial_state(settings: Settings, vocab_size: int) -> State:
     """The state at step 0, a function of the settings' seed."""
-    params = init_params(settings.config(vocab_size), jax.random.key(settings.seed), jnp.float32)
-    return State(params, settings.optimizer().init(params), jax.tree.map(jnp.copy, params), jnp.zeros((), jnp.int32))
+    return begin(settings, init_params(settings.config(vocab_size), jax.random.key(settings.seed), jnp.float32))
 
 
 def loss(model: Model, tokens: Array) -> Array:
@@ -122,7 +110,7 @@ def loss(model: Model, tokens: Array) -> Array:
 @cache
 def train_block(settings: Settings, vocab_size: int) -> Callable[[State, Array], tuple[State, Array]]:
     """The compiled `(state, batches [steps, batch, context + 1]) -> (state, losses [steps])`; donates the state."""
-    config, optimizer = settings.config(vocab_size), settings.optimizer()
+    config = settings.config(vocab_size)
     micros = settings.batch // settings.micro
 
     def noisy_loss(params: Params, key: Array, tokens: Array) -> Array:
@@ -141,12 +129,7 @@ def train_block(settings: Settings, vocab_size: int) -> Callable[[State, Array],
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, values = jax.lax.scan(micro, zeros, (jnp.arange(micros), rows))
         grads = jax.tree.map(lambda g: g / micros, grads)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # A fixed decay would keep the random start for a thousand steps.
-        decay = jnp.minimum(settings.ema, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
-        return State(params, opt, ema, state.step + 1), jnp.mean(values)
+        return advance(settings, state, grads), jnp.mean(values)
 
     @partial(jax.jit, donate_argnums=0)
     def run(state: State, batches: Array) -> tuple[State, Array]:
@@ -155,4 +138,4 @@ def train_block(settings: Settings, vocab_size: int) -> Callable[[State, Array],
     return run
 
 
-__all__ = ["Settings", "State", "initial_state", "loss", "train_block"]
+__all__ = ["Settings", "initial_state", "loss", "train_block"]

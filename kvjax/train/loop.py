@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,37 @@ from kvjax.errors import CheckpointError
 from kvjax.lm import load as load_lm
 from kvjax.model import decoder, forward
 from kvjax.train import data, evaluate, lm, package
-from kvjax.types import Params
+from kvjax.train.optimise import Rates, State
+from kvjax.types import Array, Params
 
 CHECKPOINT = "checkpoint.safetensors"
+
+
+class Settings(Rates, Protocol):
+    """What a run is a function of, besides what it learns; a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def block(self) -> int:
+        """Steps between two looks at whether there was an interrupt."""
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between two looks at the held-out loss; a multiple of `block`."""
+
+    def initial_state(self, vocab_size: int) -> State:
+        """The state at step 0."""
+
+    def train_block(self, vocab_size: int) -> Callable[[State, Any], tuple[State, Array]]:
+        """The compiled `(state, batches) -> (state, losses [steps])`; donates the state."""
 
 
 @dataclasses.dataclass
 class Progress:
     """What a checkpoint holds: the state, the best average so far, and the run's record."""
 
-    state: lm.State
+    state: State
     best: Any  # parameters with the lowest held-out loss, or the first ones
     best_loss: float = float("inf")  # nats per character
     best_step: int = 0
@@ -44,7 +65,7 @@ class Progress:
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
-def save(path: Path, progress: Progress, settings: lm.Settings, sha256: str) -> None:
+def save(path: Path, progress: Progress, settings: Settings, sha256: str) -> None:
     """Writes a checkpoint beside `path` and moves it there, so that an interrupt leaves the old one or the new one."""
     leaves = jax.tree.leaves((progress.state, progress.best))
     about = {"settings": dataclasses.asdict(settings), "sha256": sha256, "best_loss": progress.best_loss}
@@ -54,7 +75,7 @@ def save(path: Path, progress: Progress, settings: lm.Settings, sha256: str) -> 
     os.replace(fresh, path)
 
 
-def load(path: Path, settings: lm.Settings, vocab_size: int, sha256: str) -> Progress:
+def load(path: Path, settings: Settings, vocab_size: int, sha256: str) -> Progress:
     """Reads what `save` wrote.
 
     Raises:
@@ -76,9 +97,9 @@ def load(path: Path, settings: lm.Settings, vocab_size: int, sha256: str) -> Pro
     return Progress(state, best, about["best_loss"], about["best_step"], about["seconds"], about["history"])
 
 
-def start(settings: lm.Settings, vocab_size: int) -> Progress:
+def start(settings: Settings, vocab_size: int) -> Progress:
     """The beginning of a run."""
-    state = lm.initial_state(settings, vocab_size)
+    state = settings.initial_state(vocab_size)
     return Progress(state, jax.tree.map(np.asarray, state.ema))
 
 
@@ -102,10 +123,10 @@ def _interruptible() -> Iterator[list[int]]:
 
 def run(
     out: Path,
-    settings: lm.Settings,
+    settings: Settings,
     vocab_size: int,
     sha256: str,
-    batches: Callable[[int, int], np.ndarray],
+    batches: Callable[[int, int], Any],
     heldout: Callable[[Params], float],
     *,
     quiet: bool = False,
@@ -117,7 +138,7 @@ def run(
         settings: of the run; those of the checkpoint must be the same.
         vocab_size: V.
         sha256: of what is learnt; that of the checkpoint must be the same.
-        batches: `(step, steps) -> [steps, batch, context + 1]` int32, a function of its arguments alone.
+        batches: `(step, steps)` to what `settings.train_block` takes, a function of its arguments alone.
         heldout: the loss of parameters, the less the better.
         quiet: no progress bar.
 
@@ -134,14 +155,14 @@ def run(
         progress = load(checkpoint, settings, vocab_size, sha256)
     else:
         progress = start(settings, vocab_size)
-    block_of_steps = lm.train_block(settings, vocab_size)
+    block_of_steps = settings.train_block(vocab_size)
     step = int(progress.state.step)
     bar = tqdm(total=settings.steps, initial=step, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True)
     with _interruptible() as interrupts, bar:
         while step < settings.steps and not interrupts:
             begun = time.perf_counter()
             block = batches(step, min(settings.block, settings.steps - step))
-            progress.state, each = block_of_steps(progress.state, jnp.asarray(block))
+            progress.state, each = block_of_steps(progress.state, jax.tree.map(jnp.asarray, block))
             losses = np.asarray(each, np.float64)
             before, step = step, step + len(losses)
             if step // settings.eval_every > before // settings.eval_every or step == settings.steps:

@@ -103,7 +103,7 @@ def write_package(
     out.mkdir(parents=True, exist_ok=True)
     save_file(to_hf(params, config), out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it private
-    _write(out / "config.json", config_json(config, None if tokenizer is None else BOS_ID))
+    write_json(out / "config.json", config_json(config, None if tokenizer is None else BOS_ID))
     if tokenizer is not None:
         _write_tokenizer(out, tokenizer, config)
     write_record(out, record, card)
@@ -111,7 +111,7 @@ def write_package(
 
 def _write_tokenizer(out: Path, tokenizer: Tokenizer, config: Config) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
-    _write(
+    write_json(
         out / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -122,7 +122,7 @@ def _write_tokenizer(out: Path, tokenizer: Tokenizer, config: Config) -> None:
             "model_max_length": config.max_positions,
         },
     )
-    _write(
+    write_json(
         out / "generation_config.json",
         {"bos_token_id": BOS_ID, "eos_token_id": BOS_ID, "do_sample": True, "temperature": 0.8, "top_p": 0.95},
     )
@@ -131,7 +131,7 @@ def _write_tokenizer(out: Path, tokenizer: Tokenizer, config: Config) -> None:
 def write_record(out: Path, record: dict[str, Any], card: Callable[[Path, dict[str, Any]], str] | None = None) -> None:
     """Replaces `training.json` and the model card of the package at `out`."""
     record = dict(record, model_sha256=hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
-    _write(out / RECORD, record)
+    write_json(out / RECORD, record)
     (out / "README.md").write_text((card or _card)(out, record), encoding="utf-8")
 
 
@@ -147,7 +147,8 @@ def read_record(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no model of kvjax.train: its {RECORD} cannot be read ({error})") from None
 
 
-def _write(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file by `value`, for people to read."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -202,8 +203,9 @@ def _card(out: Path, record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def how_it_was_made(record: dict[str, Any], chosen: str) -> list[str]:
-    """The part of a model card on the run; `chosen` ends the sentence "the moving average at step n had ..."."""
+def how_it_was_made(record: dict[str, Any], chosen: str, rows: str = "windows") -> list[str]:
+    """The part of a model card on the run; `chosen` ends the sentence "the moving average at step n had ...", `rows` is
+    what a batch is made of."""
     settings = record["settings"]
     return [
         "## Training",
@@ -212,7 +214,7 @@ def how_it_was_made(record: dict[str, Any], chosen: str) -> list[str]:
         record["command"],
         "```",
         "",
-        f"Seed {settings['seed']}, {settings['steps']:,} steps of {settings['batch']} windows, "
+        f"Seed {settings['seed']}, {settings['steps']:,} steps of {settings['batch']} {rows}, "
         f"{record['train_seconds'] / 60:.0f} minutes on {record['machine']}; the moving average at step "
         f"{record['best_step']:,}",
         f"had {chosen}. All settings and the course of the losses are in",
@@ -244,4 +246,14 @@ def count(out: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 
-__all__ = ["to_hf", "config_json", "write_package", "write_record", "read_record", "how_it_was_made", "files", "count"]
+__all__ = [
+    "to_hf",
+    "config_json",
+    "write_package",
+    "write_record",
+    "write_json",
+    "read_record",
+    "how_it_was_made",
+    "files",
+    "count",
+]
