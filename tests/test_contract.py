@@ -1,4 +1,4 @@
-"""The contract of a cache expresses the hard cases: kinds against their references, in `benchmarks/`, and broken twins."""
+"""The contract of a cache expresses the hard cases of `benchmarks/`: kinds against references, and broken twins."""
 
 import sys
 from pathlib import Path
