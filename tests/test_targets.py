@@ -7,6 +7,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
@@ -140,6 +141,33 @@ def test_bad_words_of_one_token_are_read_and_longer_ones_are_not(tmp_path):
         (tmp_path / "generation_config.json").write_text(json.dumps({"bad_words_ids": wrong}))
         with pytest.raises(CheckpointError, match="bad_words_ids must be"):
             lm_module._never(tmp_path, {})
+
+
+@pytest.mark.full
+def test_no_beam_moves_or_copies_a_source():
+    heads = {"query_heads": 2, "kv_heads": 2, "head_dim": 128}  # so that scores are small beside keys and values
+    config = dataclasses.replace(ONE_LAYER, encoder=dataclasses.replace(ONE_LAYER, tied=True, **heads), **heads)
+    model, shape, (rows, width) = tiny(config), jax.ShapeDtypeStruct, (3, 4)
+
+    def begin(model, source):
+        cache = kvjax.init_cache(model, caches.dense(), capacity=32, source=source)
+        return kvjax.Beams.begin(cache, jnp.zeros((rows, 96)), width=width, max_new_tokens=9)
+
+    def temporary(search, donated):
+        states = shape((rows, 2**13, 32), jnp.float32)
+        numbers = shape((rows,), jnp.int32)
+        beams = jax.eval_shape(begin, model, kvjax.Source(states, numbers, numbers))
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(beams.cache.shared))
+        used = jax.jit(search, donate_argnums=donated).lower(model, beams).compile().memory_analysis()
+        return used.temp_size_in_bytes / size, used.alias_size_in_bytes >= size
+
+    temp, aliased = temporary(kvjax.beam_search, 1)
+    assert temp < 0.1 and aliased
+
+    def moved(model, beams):
+        return kvjax.beam_search(model, beams.replace(cache=beams.cache.take(jnp.arange(rows * width))))
+
+    assert temporary(moved, ())[0] > 1, "a copy for each beam would be found"
 
 
 ran = []
