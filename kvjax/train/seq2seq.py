@@ -220,6 +220,7 @@ def train(text: Path, out: Path, settings: Settings, *, quiet: bool = False) -> 
             "sha256": split.sha256,
             "train": len(split.train),
             "heldout": len(split.heldout),
+            "longest": int(max(rows.source_valid.max(), rows.target_valid.max() - 1)),
         },
         "settings": dataclasses.asdict(settings),
         "nats": progress.best_loss,
