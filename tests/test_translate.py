@@ -140,7 +140,7 @@ def test_what_is_wrong_is_said_in_one_line(command, names, tmp_path, monkeypatch
         (["anna", "--candidates", 5], "--candidates 5 is more than --beams 4", 0),
         (["--file", tmp_path / "none"], "cannot read", 0),
         (["--file", bad, *BEST], "line 4 of .*bad.txt is not UTF-8", 3),
-        (["--file", long, *BEST], "line 4 of .*row 0 has 25 tokens, the encoder has 24 positions", 3),
+        (["--file", long, *BEST], "line 4 of .*long.txt has 25 tokens, the encoder has 24 positions", 3),
     ):
         code, out, err = command(*argv)
         assert (code, err.count("\n"), out.count("\n")) == (1, 1, lines)

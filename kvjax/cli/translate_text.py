@@ -67,19 +67,23 @@ def translated(
     """Batches of lines with the candidates of each, in order; none for a blank line."""
     size = 0
     for batch in _batches(lines, args.batch):
-        sources = [line.text for line in batch if line.text.strip()]
+        sources = [_encoded(lm, line) for line in batch if line.text.strip()]
         found: Iterator[list[Candidate]] = iter(())
         if sources:
             size = max(size, len(batch))
             full = sources + sources[-1:] * (size - len(sources))  # of one size: another would compile again
-            try:
-                found = iter(candidates_of(lm, full, search, args))
-            except InputError as error:
-                raise InputError(f"translate: {batch[0].where} to {batch[-1].where}: {error}") from error
+            found = iter(candidates_of(lm, full, search, args))
         yield batch, [next(found) if line.text.strip() else [] for line in batch]
 
 
-def candidates_of(lm: LM, sources: list[str], search: Beam, args: argparse.Namespace) -> list[list[Candidate]]:
+def _encoded(lm: LM, line: Line) -> list[int]:
+    ids, limit = lm.encode(line.text), getattr(lm.model.config.encoder, "max_positions", None)
+    if limit is not None and len(ids) > limit:
+        raise InputError(f"translate: {line.where} has {len(ids)} tokens, the encoder has {limit} positions")
+    return ids
+
+
+def candidates_of(lm: LM, sources: list[list[int]], search: Beam, args: argparse.Namespace) -> list[list[Candidate]]:
     """Of each source, best first."""
     made = Run.start(
         lm,
