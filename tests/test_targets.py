@@ -199,7 +199,7 @@ def test_mistakes_are_errors_before_anything_runs():
         (LM, ["", "a"], {}, "prompt 0 is empty"),
         (LM, ["a"], {}, "no tokenizer"),
         (LM, [[1], [2] * 25], {}, "row 1 has 25 tokens, the encoder has 24 positions"),
-        (LM, [[1], [96]], {}, "row 1 has id 96, the vocabulary has 96"),
+        (LM, [[1], [96]], {}, "prompt 1 has id 96, the vocabulary has 96"),
         (LM, SOURCES, {"target": [[1], [2]]}, "target has 2 rows, there are 3 sources"),
         (LM, SOURCES, {"target": [[1], [2], [96]]}, "target 2 has id 96"),
         (LM, SOURCES, {"target": [1.5]}, "target 0 must be text or"),
