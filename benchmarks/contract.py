@@ -5,7 +5,7 @@
     python benchmarks/contract.py --bench --shapes 15M --batches 1 8
     python benchmarks/contract.py --table benchmarks/results/cpu/contract-0.10.2.json
 
---check compares every prototype kind with its reference, and sees to it that a broken twin fails.
+--check compares every hard case with its reference, and sees to it that a broken twin fails.
 --bench times kinds in alternating rounds against dense, and the yardstick of `handwritten.py`, at a fill of 1,000 of
 1,024; it writes benchmarks/results/<device>/contract-<jax version>.json and prints its table.
 """

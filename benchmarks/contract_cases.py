@@ -13,16 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import contract_kinds as kinds
-import contract_shared as common
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contract_models import apply_plain_translator, apply_translator, naive_sinks
+from contract_models import naive_sinks
 
 import kvjax
 from kvjax import caches
 from kvjax.caches import codecs, storage
 from kvjax.caches.base import PAGES, Cache, Project, Span, Tree
+from kvjax.caches.cross import Encoded, EncodedKind, Source
 from kvjax.caches.pages import Pages
 from kvjax.caches.shared_prefix import SharedPrefix
 from kvjax.config import Config
@@ -32,7 +32,6 @@ from kvjax.ops.attention import EMPTY
 from kvjax.ops.norms import LayerNorm
 from kvjax.ops.positions import Learned
 from kvjax.params import init_params
-from kvjax.transformer import decoder_head
 from kvjax.types import Array
 
 EXACT = 1e-5
@@ -195,38 +194,33 @@ def layer_input(broken: bool, full: bool = True) -> dict[str, float]:
     return out
 
 
-class WholeSource(common.Source):
+@kinds.struct.node
+class WholeSource(Encoded):
     """Broken: padding of a shorter source is seen."""
 
-    def positions(self) -> Array:
-        return jnp.zeros_like(super().positions())
+    def _read(self, store: Any) -> Any:
+        return tuple(part._replace(positions=jnp.zeros_like(part.positions)) for part in super()._read(store))
 
 
-WholeSource = kinds.struct.node(WholeSource)
+@dataclasses.dataclass(frozen=True)
+class WholeSources(EncodedKind):
+    """Makes `WholeSource`s."""
+
+    def of(self, source: Source, share: int, ask: Any) -> Any:
+        """See `CrossKind`."""
+        made = super().of(source, share, ask)
+        return WholeSource(**{field.name: getattr(made, field.name) for field in dataclasses.fields(made)})
 
 
 def cross(broken: bool, full: bool = True) -> dict[str, float]:
-    """One encoder output for all layers, two beams a source, against plain cross-attention."""
-    base, rows, e, share = model(LLAMA), prompts((23, 17, 9, 20)), 24, 2
-    keys = iter(jax.random.split(jax.random.key(7), 64))
-    weight = lambda *shape: {"kernel": 0.25 * jax.random.normal(next(keys), shape)}  # noqa: E731
-    params = base.params | {
-        "cross": {
-            str(i): {"norm": {"scale": jnp.ones(32)}, "q": weight(32, 32), "kv": weight(e, 32), "out": weight(32, 32)}
-            for i in range(2)
-        }
-    }
-    lengths, slots = jnp.array([11, 6], jnp.int32), 12
-    text = jax.random.normal(next(keys), (2, slots, 1, e))
-    store = codecs.plain().empty(2, 1, slots, e, jnp.float32)
-    at = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None, :], (2, slots))
-    source = (WholeSource if broken else common.Source)(store.write(text, at, at), lengths, share)
-    out = {}
-    played = []
-    for apply in (apply_translator, apply_plain_translator):
-        m = Model(params, LLAMA, apply, decoder_head)
-        cache = fresh(m, caches.dense(), batch=4)
-        cache = cache.replace(layers=(*cache.layers, *(common.AbsorbedCross(),) * 2), shared={"source": source})
+    """One encoder output for all layers, two beams a source, absorbed, against projecting it again in every layer."""
+    encoder = Config(61, 1, 24, 3, 3, 8, 32, positions=Learned(CAPACITY), tied=False)
+    m, rows = model(dataclasses.replace(LLAMA, encoder=encoder)), prompts((23, 17, 9, 20))
+    source = kvjax.encode(m, np.random.default_rng(7).integers(0, 61, (2, 12)), [11, 6])
+    absorbed = WholeSources(True, codecs.plain()) if broken else caches.encoder_output(absorb=True)
+    out, played = {}, []
+    for kept in (absorbed, caches.encoder_output()):
+        cache = kvjax.init_cache(m, caches.dense(), source=source, cross=kept, batch=4, capacity=CAPACITY)
         played.append(play(m, cache, rows, full=full))
         # beams of one source change places: the source stays where it is
         logits, moved = prefill(m, cache, rows, CHUNKS)

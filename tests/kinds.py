@@ -157,7 +157,8 @@ CROSS_TABLE = {
 
 def one_layer(plan, window=None, config=FULL, **options) -> Case:
     """A case of one layer, for checks that compile much."""
-    return Case(str(plan), plan, dataclasses.replace(config, num_layers=1, windows=(window,)), **options)
+    name = f"{plan} {options['cross']}" if "cross" in options else str(plan)
+    return Case(name, plan, dataclasses.replace(config, num_layers=1, windows=(window,)), **options)
 
 
 MUTATED = (
@@ -183,6 +184,13 @@ MUTATED = (
     one_layer(caches.dense(store=LATE), slack=4, **CODES | {"error": 0.25}),
 )
 """Every kind (`hybrid()` is `traced()`), and every codec with scales, as the mutants see them."""
+
+MUTATED_SOURCES = (
+    one_layer(caches.dense(), config=RELATIVE),
+    one_layer(caches.dense(), config=POSTNORM, cross=caches.encoder_output(absorb=True), share=3),
+    one_layer(caches.dense(), config=POSTNORM, cross=caches.cross(store=codecs.int8()), **CODES),
+)
+"""What is kept of a source, as the mutants of it see it."""
 
 
 def cases() -> list[Case]:

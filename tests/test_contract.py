@@ -1,4 +1,4 @@
-"""The contract of a cache expresses the seven hard cases: prototype kinds of `benchmarks/` against their references."""
+"""The contract of a cache expresses the hard cases of `benchmarks/`: kinds against references, and broken twins."""
 
 import sys
 from pathlib import Path

@@ -168,7 +168,7 @@ def test_under_jit_it_is_flagged_and_only_its_rows_are_refused():
     good = run_encoder(model, ids, lengths)
     for wrong, bit in (
         (run_encoder(model, ids, lengths.at[1].set(17)), POSITIONS),
-        (run_encoder(model, ids, lengths.at[1].set(19)), COUNT),
+        (run_encoder(model, ids, lengths.at[1].set(19)), COUNT | POSITIONS),
         (run_encoder(model, ids, lengths.at[1].set(-1)), COUNT),
         (run_encoder(model, ids, lengths.at[1].set(0)), 0),
         (run_encoder(model, odd, lengths), TOKEN),

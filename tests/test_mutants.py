@@ -8,12 +8,13 @@ import pytest
 from models import WINDOW
 
 from kvjax import caches, testing
-from kvjax.testing import moves, mutants, programs, promises
+from kvjax.testing import moves, mutants, programs, promises, sources
 from kvjax.testing.mutants import MUTANTS, NOTHING
 from kvjax.testing.sharded import sharded
 
-RING, PAGES = kinds.MUTATED[0], kinds.MUTATED[4]
+RING, PAGES, SOURCE = kinds.MUTATED[0], kinds.MUTATED[4], kinds.MUTATED_SOURCES[0]
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
+OF_SOURCES = tuple(mutant for mutant in MUTANTS if mutant.name.startswith("source: "))
 QUICK = ("start + 1", "valid + 1", "mask < for <=", "rewind off by one", "rows swapped", "flag never set")
 
 KILLED_BY = {
@@ -23,6 +24,9 @@ KILLED_BY = {
     promises.past_capacity: "valid + 1",
     promises.rewind_beyond_the_slack: "flag never set",
     promises.runs_out: "flag never set",
+    sources.source_stays: "source: fork copies",
+    sources.refused_source: "source: refused without a flag",
+    sources.own_source: "source: the next row's",
     promises.neighbours: "a neighbour's keys",
     promises.ragged_rewind: "rewind off by one",
     moves.types: "another dtype after a rewind",
@@ -40,7 +44,7 @@ KILLED_BY = {
     sharded: "stale positions",
     moves.gradients: "gradient stopped",
 }
-"""A mutant that each check kills, in a ring or in pages."""
+"""A mutant that each check kills, in a ring, in pages or beside a source."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +68,19 @@ def test_a_mutant_of_a_ring_dies(name):
     assert mutants.killers(RING, testing.suite, (BY_NAME[name],)).get(name), f"{name} survives, or does not apply"
 
 
+@pytest.mark.parametrize("name", ["source: padding seen", "source: that of row 0", "source: fork copies"])
+def test_a_mutant_of_a_source_dies(name):
+    assert mutants.killers(SOURCE, testing.suite, (BY_NAME[name],)).get(name), f"{name} survives, or does not apply"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in kinds.MUTATED_SOURCES])
+def test_every_mutant_of_a_source_dies_where_it_applies(case, forgotten):
+    found = mutants.killers(case, testing.suite, OF_SOURCES)
+    print(*(f"{name}: {check}" for name, check in found.items()), sep="\n")
+    assert [name for name, check in found.items() if check is None] == [] and len(found) >= 6
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in kinds.MUTATED])
 def test_every_mutant_dies_in_every_kind_it_applies_to(case, forgotten):
@@ -76,7 +93,7 @@ def test_every_mutant_dies_in_every_kind_it_applies_to(case, forgotten):
 @pytest.mark.full
 @pytest.mark.parametrize("check", testing.suite, ids=lambda check: check.__name__)
 def test_every_check_kills_a_mutant(check):
-    case = PAGES if check is promises.runs_out else RING
+    case = PAGES if check is promises.runs_out else SOURCE if KILLED_BY[check].startswith("source: ") else RING
     assert mutants.kills(check, BY_NAME[KILLED_BY[check]].of(case)), KILLED_BY[check]
     assert not mutants.kills(check, NOTHING.of(case)), "it kills what is merely wrapped"
 
@@ -87,6 +104,9 @@ def test_every_check_has_a_mutant_to_kill():
 
 def test_a_mutant_says_where_it_applies():
     applied = {case.name: {m.name for m in MUTANTS if m.applies(case)} for case in kinds.MUTATED}
+    beside = [{m.name for m in MUTANTS if m.applies(case)} for case in kinds.MUTATED_SOURCES]
+    assert set().union(*beside) >= {mutant.name for mutant in OF_SOURCES}, "a mutant that applies nowhere"
+    assert not set().union(*applied.values()) & {mutant.name for mutant in OF_SOURCES}
     scales = {name for name, found in applied.items() if "a neighbour's scale" in found}
     coded = {name for name in applied if any(word in name for word in ("int8", "int4", "fp8", "absorb"))}
     assert scales == coded

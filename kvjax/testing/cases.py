@@ -134,8 +134,8 @@ class Case:
             return self.begin(model, self.plan, batch, capacity)
         if source is None:
             source = self.source(model, batch)
-        how = {"source": source, "cross": None if source is None else self.cross}
-        return init_cache(model, self.plan, batch=batch, capacity=capacity, **how)
+        cross = None if source is None else self.cross
+        return init_cache(model, self.plan, batch=batch, capacity=capacity, source=source, cross=cross)
 
     def source(self, model: Model, batch: int = BATCH) -> Source | None:
         """What the rows attend to: ragged, padded with tokens that mean nothing; None without an encoder."""
@@ -159,7 +159,7 @@ class Case:
     def of_reference(self) -> Case:
         """The reference as a case: the same for all cases that share it, so that what it gives is computed once."""
         cross = None if self.config.encoder is None else caches.encoder_output()
-        same = {"refuses": self.refuses, "begin": self.begin, "cross": cross, "share": self.share}
+        same: dict[str, Any] = {"refuses": self.refuses, "begin": self.begin, "cross": cross, "share": self.share}
         return Case("reference", self.reference, self.config, self.reference, **same)
 
 

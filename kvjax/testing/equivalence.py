@@ -260,8 +260,8 @@ class _Run:
         return None if self.source is None else caches.encoder_output()
 
     def prefilled(self, plan: Any, cross: Any, cut: Sequence[int]) -> tuple[Array, Any]:
-        how = {"source": self.source, "cross": cross}
-        cache = init_cache(self.model, plan, batch=len(self.ids), capacity=self.capacity, **how)
+        batch = len(self.ids)
+        cache = init_cache(self.model, plan, batch=batch, capacity=self.capacity, source=self.source, cross=cross)
         return fed_in_chunks(self.model, cache, self.ids, self.lengths, cut)
 
     def reference(self, plan: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -302,8 +302,8 @@ class _Run:
         """Recomputed from scratch: what the algorithm compares after `text`, and the largest logit."""
         size = bucket(self.capacity)
         rows = np.tile(np.pad(text, (0, size - len(text))), (len(self.ids), 1))
-        how = {"source": self.source, "cross": self.recomputed}
-        cache = init_cache(self.model, plan, batch=len(rows), capacity=size, **how)
+        cross = self.recomputed
+        cache = init_cache(self.model, plan, batch=len(rows), capacity=size, source=self.source, cross=cross)
         logits, _ = prefill(self.model, cache, rows, np.full(len(rows), len(text), np.int32))
         found = self.algorithm.scores(logits, len(text), self.seeds)
         return np.asarray(found)[row], float(jnp.max(jnp.abs(logits[row])))

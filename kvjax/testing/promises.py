@@ -89,7 +89,7 @@ def same_tokens(case: Case, seeds: tuple[int, ...] = (0,)) -> None:
             prompts = [ids[row, :n].tolist() for row, n in enumerate(PROMPTS)]
             plans = {case.name: against(case.plan, case.reference)}
             model = case.seeded(seed)
-            sources = {"source": case.source(model), "cross": case.cross if model.encode else None}
+            sources: dict[str, Any] = {"source": case.source(model), "cross": case.cross if model.encode else None}
             check_equivalence(model, plans, [LONG], prompts=prompts, seeds=[seed], **sources).raise_if_failed()
 
 
