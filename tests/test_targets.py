@@ -77,6 +77,7 @@ def test_an_earlier_result_goes_on_as_one_longer_call():
         assert more.tokens[row, : STEPS - n].tolist() == out.tokens[row, n:].tolist()
 
 
+@pytest.mark.full
 def test_beams_of_a_source_are_those_of_a_plain_search():
     crossed = 0
     stops = tuple(range(0, 96, 8))
@@ -108,9 +109,13 @@ def test_sources_and_targets_of_one_bucket_share_programs():
         generate([[1], [2, 3], list(range(14))], target=[[4], [5, 6], [7] * 14], max_new_tokens=[0, 3, 30])
         kvjax.generate(LM, SOURCES)
     assert made.count == 0
+
+
+@pytest.mark.full
+def test_the_next_bucket_of_sources_compiles_three_programs():
     with Compilations() as made:
         generate([[1], [2, 3], list(range(20))])
-    assert made.count == 3, "an encoder, a beginning, and a loop for the next bucket"
+    assert made.count == 3, "an encoder, a beginning, and a loop"
 
 
 @pytest.mark.full
@@ -178,6 +183,7 @@ def counting(params, config, tokens, valid):
     return kvjax.decoder(CONFIG, params).encode(params, config, tokens, valid)
 
 
+@pytest.mark.full
 def test_the_encoder_runs_once():
     model = MODEL.replace(encode=counting)
     out = kvjax.generate(model, SOURCES, target=[3], max_new_tokens=20)
