@@ -12,7 +12,7 @@ import numpy as np
 from kvjax import caches
 from kvjax.caches import plans
 from kvjax.caches.base import COUNT, NAN, NO_SOURCE, POSITIONS, SOURCE, TOKEN, Cache, OpenCache, Span
-from kvjax.caches.cross import CrossKind, Source
+from kvjax.caches.cross import CrossKind, Source, rows_of
 from kvjax.caches.recompute import Recompute
 from kvjax.caches.shared_prefix import after, room_after
 from kvjax.checks import bucket, is_concrete, whole
@@ -44,7 +44,7 @@ def encode(model: Model, tokens: Any, valid: Any = None) -> Source:
         raise InputError(f"encode: tokens must be [R, S] with at least one token, not {list(tokens.shape)}")
     r, s = tokens.shape
     valid = check_valid("encode", valid, r, s)
-    limit, vocab = _source_limits(model)
+    limit, vocab = source_limits(model)
     check_ids("encode", vocab, tokens, valid)
     if is_concrete(valid):
         for row, n in enumerate(np.asarray(valid).tolist()):
@@ -52,13 +52,13 @@ def encode(model: Model, tokens: Any, valid: Any = None) -> Source:
                 raise InputError(f"encode: row {row} of the source is empty; there is nothing to attend to")
             if limit is not None and n > limit:
                 raise InputError(f"encode: row {row} has {n} tokens, the encoder has {limit} positions")
-    if is_concrete(tokens):
+    if is_concrete(tokens) and is_concrete(valid):  # else the columns are all that can be asked for
         room = bucket(s, most=limit)
         tokens = np.pad(np.asarray(tokens), ((0, 0), (0, room - s)))
     return _encode(model, tokens.astype(jnp.int32), valid)
 
 
-def _source_limits(model: Model) -> tuple[int | None, int | None]:
+def source_limits(model: Model) -> tuple[int | None, int | None]:
     """Positions and vocabulary of the encoder, as far as the configuration says."""
     encoder = getattr(model.config, "encoder", None)
     return getattr(encoder, "max_positions", None), getattr(encoder, "vocab_size", None)
@@ -67,7 +67,7 @@ def _source_limits(model: Model) -> tuple[int | None, int | None]:
 @jax.jit
 def _encode(model: Model, tokens: Array, valid: Array) -> Source:
     assert model.encode is not None
-    limit, vocab = _source_limits(model)
+    limit, vocab = source_limits(model)
     s = tokens.shape[1]
     wrong = (valid < 0) | (valid > s)
     past = jnp.zeros_like(wrong) if limit is None else valid > limit
@@ -88,11 +88,17 @@ def _keep(model: Model, source: Source, *, kind: CrossKind, share: int) -> Any:
     """What a kind keeps of a source. The layers' keys and values of it are what they ask for in one call; the rest of
     the call is not used, and XLA leaves it out."""
 
+    source = source.checked()
+
     def ask() -> tuple[Any, ...]:
         asked, start = Asked(source), jnp.zeros_like(source.lengths)
         span = Span(start, jnp.ones_like(start), start[:, None])
         layers = tuple(Recompute() for _ in model.layer_shapes(source))
         model.apply(model.params, model.config, OpenCache(layers, {SOURCE: asked}, span), start[:, None], span.valid)
+        if wrong := asked.made.keys() - range(len(layers)):
+            raise InputError(
+                f"Model.apply attends to the source at layer {min(wrong)}, but it has {len(layers)} layers"
+            )
         return tuple(asked.made.get(i) for i in range(len(layers)))
 
     return kind.of(source, share, ask)
@@ -127,7 +133,7 @@ def init_cache(
         CacheError: a source was refused (outside `jit`).
     """
     if batch is None:
-        batch = 1 if source is None else source.lengths.shape[0]
+        batch = 1 if source is None else rows_of("init_cache", source)
     if batch < 1 or capacity < 1:
         raise InputError(f"init_cache: batch and capacity must be at least 1, not {batch} and {capacity}")
     kept = {}
@@ -176,4 +182,4 @@ def cache_nbytes(
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made))
 
 
-__all__ = ["encode", "init_cache", "cache_nbytes"]
+__all__ = ["encode", "source_limits", "init_cache", "cache_nbytes"]

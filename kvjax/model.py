@@ -13,7 +13,7 @@ import numpy as np
 from kvjax import struct
 from kvjax.caches import storage
 from kvjax.caches.base import SOURCE, LayerShape, Node, OpenCache, Project, Span, filled_positions
-from kvjax.caches.cross import Source
+from kvjax.caches.cross import Source, rows_of
 from kvjax.caches.opened import finite
 from kvjax.caches.recompute import Recompute
 from kvjax.checks import is_concrete, whole
@@ -166,7 +166,8 @@ def check_source(name: str, model: Model, source: Source | None, batch: int) -> 
     """How many rows read one row of a source.
 
     Raises:
-        InputError: the model needs a source and has none, or the reverse; another width; the rows do not divide.
+        InputError: the model needs a source and has none, or the reverse; another width; the rows do not divide; what
+            `rows_of` says.
     """
     own = isinstance(model.config, Config)
     encoder: Any = getattr(model.config, "encoder", None)
@@ -176,7 +177,7 @@ def check_source(name: str, model: Model, source: Source | None, batch: int) -> 
         return 1
     if own and encoder is None:
         raise InputError(f"{name}: a source is given, but the model has no encoder and attends to none")
-    rows, width = source.lengths.shape[0], source.states.shape[-1]
+    rows, width = rows_of(name, source), source.states.shape[-1]
     if own and width != encoder.width:
         raise InputError(f"{name}: the source has states of width {width}, the model reads {encoder.width}")
     if batch % rows:
@@ -189,6 +190,7 @@ def _forward(model: Model, tokens: Array, valid: Array, source: Source | None) -
     b, s = tokens.shape
     steps = jnp.arange(s, dtype=jnp.int32)
     span = Span(jnp.zeros((b,), jnp.int32), valid, jnp.broadcast_to(steps[None, :], (b, s)))
+    source = None if source is None else source.checked()
     layers = tuple(Recompute() for _ in model.layer_shapes(source))
     fed = jnp.where(span.real(), tokens, 0)  # padding may hold anything
     shared = {} if source is None else {SOURCE: Asked(source)}
@@ -338,7 +340,13 @@ class Asked:
         self.made: dict[int, tuple[Array, Array]] = {}
 
     def views(self, layer: int, project: Project) -> tuple[View, ...]:
-        """As `Cross.views`."""
+        """As `Cross.views`.
+
+        Raises:
+            InputError: the layer has asked already.
+        """
+        if layer in self.made:
+            raise InputError(f"Model.apply attends to the source twice at layer {layer}; each layer once a call")
         k, v = finite(*project.kv(self.source.states, None), None)
         self.made[layer] = k, v
         at = filled_positions(k.shape[1], self.source.lengths)
@@ -379,4 +387,14 @@ class _FoundNode(Node):
         return (View(storage.pack(k), storage.pack(v), at),), self
 
 
-__all__ = ["Model", "Asked", "decoder", "forward", "attend", "cross_attend", "check_valid", "check_ids", "check_source"]
+__all__ = [
+    "Model",
+    "Asked",
+    "decoder",
+    "forward",
+    "attend",
+    "cross_attend",
+    "check_valid",
+    "check_ids",
+    "check_source",
+]

@@ -69,6 +69,11 @@ class Tokenizer:
                 del ids[0]
         return ids
 
+    def encode_bare(self, text: str) -> list[int]:
+        """Ids of a text with nothing around them."""
+        _check("encode", text)
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
     def encode_target(self, text: str) -> list[int]:
         """Ids of how a target begins, for a model with an encoder: nothing around them, and none of an empty text.
 

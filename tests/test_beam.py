@@ -209,6 +209,7 @@ def test_a_width_of_one_that_stops_early_is_greedy():
     assert made.scores[1] == pytest.approx(total, abs=1e-4)
 
 
+@pytest.mark.full
 def test_a_loop_of_ones_own_grows_when_a_row_is_full_and_finds_the_same():
     want = search(stop_ids=STOPS)
     ids, lengths = prompt_ids(4), np.array([16, 7, 1])

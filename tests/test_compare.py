@@ -101,6 +101,15 @@ def test_a_model_with_an_encoder_is_asked_for_and_sources_too(command, folder, m
     assert config.encoder.num_layers == config.num_layers == 2
 
 
+def test_a_model_of_few_positions_needs_no_arguments(command, monkeypatch):
+    def noted(model, **kwargs):
+        raise InputError(f"{kwargs['context']} and {kwargs['new']} of {model.max_positions}")
+
+    monkeypatch.setattr("kvjax.cli.compare_strategies.compare", noted)
+    code, _, err = command("ar2en")
+    assert code == 1 and "10 and 10 of 20" in err
+
+
 def test_a_source_is_predicted_too_and_a_wrong_formula_for_it_shows():
     known = {strategy.name: strategy for strategy in WITH_SOURCE}
     none, absorbed = known["none"], known["K/V, source absorbed"]

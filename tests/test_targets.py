@@ -7,6 +7,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import naive
 import numpy as np
 import pytest
@@ -76,6 +77,7 @@ def test_an_earlier_result_goes_on_as_one_longer_call():
         assert more.tokens[row, : STEPS - n].tolist() == out.tokens[row, n:].tolist()
 
 
+@pytest.mark.full
 def test_beams_of_a_source_are_those_of_a_plain_search():
     crossed = 0
     stops = tuple(range(0, 96, 8))
@@ -107,9 +109,13 @@ def test_sources_and_targets_of_one_bucket_share_programs():
         generate([[1], [2, 3], list(range(14))], target=[[4], [5, 6], [7] * 14], max_new_tokens=[0, 3, 30])
         kvjax.generate(LM, SOURCES)
     assert made.count == 0
+
+
+@pytest.mark.full
+def test_the_next_bucket_of_sources_compiles_three_programs():
     with Compilations() as made:
         generate([[1], [2, 3], list(range(20))])
-    assert made.count == 3, "an encoder, a beginning, and a loop for the next bucket"
+    assert made.count == 3, "an encoder, a beginning, and a loop"
 
 
 @pytest.mark.full
@@ -142,6 +148,33 @@ def test_bad_words_of_one_token_are_read_and_longer_ones_are_not(tmp_path):
             lm_module._never(tmp_path, {})
 
 
+@pytest.mark.full
+def test_no_beam_moves_or_copies_a_source():
+    heads = {"query_heads": 2, "kv_heads": 2, "head_dim": 128}  # so that scores are small beside keys and values
+    config = dataclasses.replace(ONE_LAYER, encoder=dataclasses.replace(ONE_LAYER, tied=True, **heads), **heads)
+    model, shape, (rows, width) = tiny(config), jax.ShapeDtypeStruct, (3, 4)
+
+    def begin(model, source):
+        cache = kvjax.init_cache(model, caches.dense(), capacity=32, source=source)
+        return kvjax.Beams.begin(cache, jnp.zeros((rows, 96)), width=width, max_new_tokens=9)
+
+    def temporary(search, donated):
+        states = shape((rows, 2**13, 32), jnp.float32)
+        numbers = shape((rows,), jnp.int32)
+        beams = jax.eval_shape(begin, model, kvjax.Source(states, numbers, numbers))
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(beams.cache.shared))
+        used = jax.jit(search, donate_argnums=donated).lower(model, beams).compile().memory_analysis()
+        return used.temp_size_in_bytes / size, used.alias_size_in_bytes >= size
+
+    temp, aliased = temporary(kvjax.beam_search, 1)
+    assert temp < 0.1 and aliased
+
+    def moved(model, beams):
+        return kvjax.beam_search(model, beams.replace(cache=beams.cache.take(jnp.arange(rows * width))))
+
+    assert temporary(moved, ())[0] > 1, "a copy for each beam would be found"
+
+
 ran = []
 
 
@@ -150,6 +183,7 @@ def counting(params, config, tokens, valid):
     return kvjax.decoder(CONFIG, params).encode(params, config, tokens, valid)
 
 
+@pytest.mark.full
 def test_the_encoder_runs_once():
     model = MODEL.replace(encode=counting)
     out = kvjax.generate(model, SOURCES, target=[3], max_new_tokens=20)
@@ -171,7 +205,7 @@ def test_mistakes_are_errors_before_anything_runs():
         (LM, ["", "a"], {}, "prompt 0 is empty"),
         (LM, ["a"], {}, "no tokenizer"),
         (LM, [[1], [2] * 25], {}, "row 1 has 25 tokens, the encoder has 24 positions"),
-        (LM, [[1], [96]], {}, "row 1 has id 96, the vocabulary has 96"),
+        (LM, [[1], [96]], {}, "prompt 1 has id 96, the vocabulary has 96"),
         (LM, SOURCES, {"target": [[1], [2]]}, "target has 2 rows, there are 3 sources"),
         (LM, SOURCES, {"target": [[1], [2], [96]]}, "target 2 has id 96"),
         (LM, SOURCES, {"target": [1.5]}, "target 0 must be text or"),

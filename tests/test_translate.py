@@ -19,6 +19,7 @@ from models import ONE_LAYER, tiny
 
 import kvjax
 from kvjax import cli
+from kvjax.cli.translate_text import candidates_of
 from kvjax.ops.positions import Learned
 from kvjax.text import Tokenizer
 from kvjax.timing import Compilations
@@ -139,7 +140,7 @@ def test_what_is_wrong_is_said_in_one_line(command, names, tmp_path, monkeypatch
         (["anna", "--candidates", 5], "--candidates 5 is more than --beams 4", 0),
         (["--file", tmp_path / "none"], "cannot read", 0),
         (["--file", bad, *BEST], "line 4 of .*bad.txt is not UTF-8", 3),
-        (["--file", long, *BEST], "line 4 of .*row 0 has 25 tokens, the encoder has 24 positions", 3),
+        (["--file", long, *BEST], "line 4 of .*long.txt has 25 tokens, the encoder has 24 positions", 3),
     ):
         code, out, err = command(*argv)
         assert (code, err.count("\n"), out.count("\n")) == (1, 1, lines)
@@ -150,13 +151,13 @@ def test_what_is_wrong_is_said_in_one_line(command, names, tmp_path, monkeypatch
 
 def test_what_was_done_before_an_interrupt_or_a_closed_pipe_is_out(command, names, monkeypatch):
     for error, code in ((KeyboardInterrupt, 130), (BrokenPipeError, 141)):
-        runs = iter([kvjax.generate, kvjax.generate, functools.partial(fail, error)])
-        monkeypatch.setattr("kvjax.cli.translate_text.generate", lambda *a, runs=runs, **k: next(runs)(*a, **k))
+        runs = iter([candidates_of, candidates_of, functools.partial(fail, error)])
+        monkeypatch.setattr("kvjax.cli.translate_text.candidates_of", lambda *a, runs=runs: next(runs)(*a))
         ended, out, _ = command("--file", names, *BEST)
         assert ended == code and pairs(out) == best(NAMES[:6])
 
 
-def fail(error, *args, **options):
+def fail(error, *args):
     raise error
 
 

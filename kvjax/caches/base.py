@@ -306,7 +306,7 @@ class Cache(struct.Value):
         return self.replace(
             layers=tuple(getattr(node, how)(rows, self.shared, shared) for node in self.layers),
             shared=shared,
-            tokens=jnp.where(outside[:, None], -1, pick(self.tokens)),  # no ids: seen again after a rewind
+            tokens=jnp.where((flags & ROWS != 0)[:, None], -1, pick(self.tokens)),  # no ids: seen again after a rewind
             lengths=pick(self.lengths),
             written=pick(self.written),
             flags=flags,

@@ -41,6 +41,39 @@ class Source(struct.Value):
     lengths: Array
     flags: Array
 
+    def checked(self) -> Source:
+        """The same with zeros past every row's length; a row whose length is not from 1 to S is flagged."""
+        s = self.states.shape[1]
+        wrong = (self.lengths < 1) | (self.lengths > s)
+        lengths = jnp.where(wrong, 0, self.lengths).astype(jnp.int32)
+        real = jnp.arange(s, dtype=jnp.int32)[None, :] < lengths[:, None]
+        flags = (self.flags | jnp.where(wrong, NO_SOURCE, 0)).astype(jnp.int32)
+        return Source(jnp.where(real[:, :, None], self.states, 0), lengths, flags)
+
+
+def rows_of(name: str, source: Any) -> int:
+    """R of a source.
+
+    Raises:
+        InputError: it is no source; its arrays do not go together; a row's length (outside `jit`) is not from 1 to S.
+    """
+    if not isinstance(source, Source):
+        raise InputError(f"{name}: source must be a kvjax.Source, as kvjax.encode gives, not {type(source).__name__}")
+    parts = {"states": source.states, "lengths": source.lengths, "flags": source.flags}
+    if missing := [what for what, x in parts.items() if not hasattr(x, "dtype")]:
+        raise InputError(f"{name}: {missing[0]} of the source is no array")
+    states, lengths, flags = ((x.shape, x.dtype) for x in parts.values())
+    if len(states[0]) != 3 or not all(states[0]) or not jnp.issubdtype(states[1], jnp.floating):
+        raise InputError(f"{name}: states of the source are {states[1]}{list(states[0])}, not floats [R, S, E]")
+    for what, (shape, dtype) in (("lengths", lengths), ("flags", flags)):
+        if shape != states[0][:1] or not jnp.issubdtype(dtype, jnp.integer):
+            raise InputError(f"{name}: {what} of the source are {dtype}{list(shape)}, not int32[{states[0][0]}]")
+    if is_concrete(source.lengths) and is_concrete(source.flags):
+        for row, (n, flag) in enumerate(zip(np.asarray(source.lengths), np.asarray(source.flags), strict=True)):
+            if not (flag or 1 <= n <= states[0][1]):
+                raise InputError(f"{name}: row {row} of the source has length {n}, not from 1 to {states[0][1]}")
+    return int(states[0][0])
+
 
 Projections = tuple[tuple[Array, Array] | None, ...]
 """Keys and values `[R, S, K, D]` of a source for each layer, None for a layer that does not attend to it."""
@@ -81,7 +114,9 @@ class Cross(Shared):
         sources = rows // self.share
         moved = self._stores(lambda store: store.take(sources))
         of = lambda x: jnp.take(x, sources, mode="clip")  # noqa: E731
-        return moved.replace(lengths=of(self.lengths), flags=of(self.flags), share=1), jnp.zeros_like(rows)
+        outside = (sources < 0) | (sources >= self.lengths.shape[0])
+        flags = (of(self.flags) | jnp.where(outside, NO_SOURCE, 0)).astype(jnp.int32)
+        return moved.replace(lengths=of(self.lengths), flags=flags, share=1), jnp.zeros_like(rows)
 
     def reorder(self, beams: Array) -> tuple[Any, Array]:
         """See `Shared`. The source stays where it is; where rows share none, each takes its own along.
@@ -272,4 +307,4 @@ def encoder_output(*, absorb: bool = False, store: Any = None) -> EncodedKind:
     return EncodedKind(either("caches.encoder_output: absorb", absorb), codecs.as_codec(store))
 
 
-__all__ = ["Source", "Cross", "Projected", "Encoded", "CrossKind", "cross", "encoder_output"]
+__all__ = ["Source", "rows_of", "Cross", "Projected", "Encoded", "CrossKind", "cross", "encoder_output"]

@@ -28,6 +28,9 @@ from kvjax.strategies import OPERATIONS, Comparison, Row, compare, sentences, wi
 CONTEXT = 512
 """Tokens that rows have and get unless told otherwise, or as many as the model has positions."""
 
+NEW = 32
+"""New tokens unless told otherwise, or half of the model's positions."""
+
 COMPONENTS = ("projections", "scores", "ffn", "head", "norms")
 UNITS = ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))
 
@@ -37,11 +40,12 @@ def run(args: argparse.Namespace) -> None:
     lm = load(args.model, dtype=args.dtype)
     model, name = lm.model, lm.name
     room = model.max_positions or CONTEXT
-    context = min(room, CONTEXT) - args.tokens if args.context is None else args.context
+    new = min(NEW, max(room // 2, 1)) if args.tokens is None else args.tokens
+    context = min(room, CONTEXT) - new if args.context is None else args.context
     if context < 1:
-        raise InputError(f"compare: --tokens {args.tokens} leaves no context in {room} positions; give fewer")
+        raise InputError(f"compare: --tokens {new} leaves no context in {room} positions; give fewer")
     if args.no_rotation or args.encoder:
-        size = max(room, context + args.tokens, args.source or 0)
+        size = max(room, context + new, args.source or 0)
         like = with_encoder if args.encoder else without_rotation
         model = like(model.config, size, args.dtype or "float32")
         name += ", random, learned positions" + ", with an encoder" * args.encoder
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             model,
             batch=args.batch,
             context=context,
-            new=args.tokens,
+            new=new,
             edited=min(args.edit, context),
             rounds=args.rounds,
             source=args.source,

@@ -66,7 +66,8 @@ Reads config.json and the headers of the weights, not the weights. Bytes are of 
 COMPARE = """examples:
   kvjax compare
   kvjax compare --no-rotation                   absorption too, on a random model of the same shape
-  kvjax compare --encoder                       what is kept of a source, on a random model
+  kvjax compare ar2en                           a model with an encoder: what is kept of a source
+  kvjax compare --encoder                       the same on a random model of the default's shape
   kvjax compare ./stories260K --batch 8 --context 400 --tokens 64
   kvjax compare --json > figures.json
 
@@ -135,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", epilog=COMPARE, help="what could be kept of a text, side by side")
     _model(compare, "model")
     add = compare.add_argument
-    add("--tokens", type=_whole(1), default=32, metavar="N", help="new tokens decoded in a round (default 32)")
+    add("--tokens", type=_whole(1), metavar="N", help="new tokens decoded in a round (default 32, if there is room)")
     add("--context", type=_whole(1), metavar="T", help="tokens before them (default: up to 512 with them)")
     add("--batch", type=_whole(1), default=2, metavar="B", help="rows (default 2)")
     add("--edit", type=_whole(1), default=8, metavar="K", help="tokens that an edit goes back (default 8)")

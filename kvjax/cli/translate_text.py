@@ -17,8 +17,9 @@ from tqdm import tqdm
 from kvjax.cli.startup import one_line
 from kvjax.errors import InputError
 from kvjax.lm import LM, load
+from kvjax.loops.algorithms import Candidate
 from kvjax.loops.beam import Beam, beam
-from kvjax.loops.host import generate
+from kvjax.loops.host import Run
 
 
 class Line(NamedTuple):
@@ -57,34 +58,48 @@ def run(args: argparse.Namespace) -> None:
             bar.update(len(batch))
     if not args.json:
         seconds = time.perf_counter() - began
-        sys.stderr.write(f"{done:,} sources in {seconds:.2f} s, {args.beams} beams\n")
+        sys.stderr.write(f"{done:,} source{'s' * (done != 1)} in {seconds:.2f} s, {args.beams} beams\n")
 
 
 def translated(
     lm: LM, lines: Iterable[Line], search: Beam, args: argparse.Namespace
-) -> Iterator[tuple[list[Line], list[list[Any]]]]:
+) -> Iterator[tuple[list[Line], list[list[Candidate]]]]:
     """Batches of lines with the candidates of each, in order; none for a blank line."""
     size = 0
     for batch in _batches(lines, args.batch):
-        sources = [line.text for line in batch if line.text.strip()]
-        found: Iterator[Any] = iter(())
+        sources = [_encoded(lm, line) for line in batch if line.text.strip()]
+        found: Iterator[list[Candidate]] = iter(())
         if sources:
             size = max(size, len(batch))
             full = sources + sources[-1:] * (size - len(sources))  # of one size: another would compile again
-            try:
-                out = generate(
-                    lm,
-                    full,
-                    algorithm=search,
-                    max_new_tokens=args.max_new_tokens,
-                    plan=args.cache,
-                    cross=args.cross,
-                )
-            except InputError as error:
-                raise InputError(f"translate: {batch[0].where} to {batch[-1].where}: {error}") from error
-            assert out.candidates is not None
-            found = iter(out.candidates)
+            found = iter(candidates_of(lm, full, search, args))
         yield batch, [next(found) if line.text.strip() else [] for line in batch]
+
+
+def _encoded(lm: LM, line: Line) -> list[int]:
+    ids, limit = lm.encode(line.text), getattr(lm.model.config.encoder, "max_positions", None)
+    if limit is not None and len(ids) > limit:
+        raise InputError(f"translate: {line.where} has {len(ids)} tokens, the encoder has {limit} positions")
+    return ids
+
+
+def candidates_of(lm: LM, sources: list[list[int]], search: Beam, args: argparse.Namespace) -> list[list[Candidate]]:
+    """Of each source, best first."""
+    made = Run.start(
+        lm,
+        sources,
+        after=None,
+        max_new_tokens=args.max_new_tokens,
+        sampler=None,
+        seed=None,
+        plan=args.cache,
+        stop_ids=None,
+        algorithm=search,
+        cross=args.cross,
+    )
+    for made in made.chunks(1):  # looks up between chunks, so that an interrupt is heard
+        pass
+    return made.candidates() or []
 
 
 def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
@@ -129,11 +144,11 @@ def _decoded(stream: IO[Any], name: str) -> Iterator[Line]:
         yield Line((text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n"), where)
 
 
-def _shown(line: Line, candidates: list[Any], as_json: bool, apart: bool) -> str:
+def _shown(line: Line, candidates: list[Candidate], as_json: bool, apart: bool) -> str:
     if as_json:
         made = [{"text": x.text, "score": x.score, "stop": x.stop} for x in candidates]
         return json.dumps({"source": line.text, "candidates": made}) + "\n"
-    rows = [f"{one_line(each.text)}\t{each.score:.4f}\n" for each in candidates]
+    rows = [f"{one_line(each.text or '')}\t{each.score:.4f}\n" for each in candidates]
     return "\n" * apart + ("".join(rows) or "\n")  # a blank line for a blank line
 
 

@@ -51,8 +51,11 @@ class UnderWay(Protocol):
     def texts(self) -> list[list[int]]:
         """Ids of each row so far, prompts included."""
 
-    def end(self, model: Model) -> tuple[Any, Array, list[list[tuple[list[int], float]]] | None]:
-        """The cache of `texts()` and the logits after them; of each row several texts with scores, or None."""
+    def ranked(self) -> list[list[tuple[list[int], float]]] | None:
+        """Of each row several texts with scores, best first; None where nothing is ranked."""
+
+    def end(self, model: Model) -> tuple[Any, Array]:
+        """The cache of `texts()`, and the logits after them."""
 
 
 class Algorithm(Protocol):
@@ -155,9 +158,12 @@ class Drawing:
         """See `UnderWay`."""
         return fed(self.progress.cache)
 
-    def end(self, model: Model) -> tuple[Any, Array, None]:
+    def ranked(self) -> None:
         """See `UnderWay`."""
-        return self.progress.cache, self.progress.logits, None
+
+    def end(self, model: Model) -> tuple[Any, Array]:
+        """See `UnderWay`."""
+        return self.progress.cache, self.progress.logits
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

@@ -286,6 +286,9 @@ class Beam:
 def beam(width: int, *, length_penalty: float = 1.0, early_stopping: bool = False, returned: int = 1) -> Beam:
     """Beam search, for `generate(algorithm=…)`: the rules and scores of Hugging Face Transformers.
 
+    What a folder's generation_config.json asks besides (a forced last token, no repeated n-grams, least lengths, a
+    penalty) is not applied; give the penalty yourself.
+
     Only `width` compiles. A width above the vocabulary's size is fine: there are as many beams as there are texts.
 
     Args:
@@ -347,23 +350,25 @@ class Searching:
 
     def texts(self) -> list[list[int]]:
         """See `UnderWay`. The best finished one, or where there is none the best that runs."""
-        best = [row[0][0] if row else None for row in self._finished()]
+        best = [row[0][0] if row else None for row in self.ranked()]
         running = fed(self.beams.cache)[:: self.beam.width]
         return [going if done is None else done for done, going in zip(best, running, strict=True)]
 
-    def end(self, model: Model) -> tuple[Cache, Array, list[list[tuple[list[int], float]]]]:
+    def end(self, model: Model) -> tuple[Cache, Array]:
         """See `UnderWay`. The best are fed to what the prompts left: no cache was kept of each finished text."""
         begins, texts = fed(self.first.cache), self.texts()
         tokens, valid = padded([text[len(begin) :] for text, begin in zip(texts, begins, strict=True)])
         cache, capacity = self.first.cache, self.beams.cache.capacity
         cache = cache if cache.capacity == capacity else resized(cache, capacity=capacity)
         logits, cache = _fed(model, cache, self.first.logits, tokens, valid)
-        return cache.check(), logits, [row[: self.beam.returned] for row in self._finished()]
+        return cache.check(), logits
 
-    def _finished(self) -> list[list[tuple[list[int], float]]]:
+    def ranked(self) -> list[list[tuple[list[int], float]]]:
+        """See `UnderWay`."""
         texts, lengths, scores = (np.asarray(x) for x in (self.beams.texts, self.beams.lengths, self.beams.scores))
         each = (zip(*row, strict=True) for row in zip(texts, lengths, scores, strict=True))
-        return [[(ids[:n].tolist(), float(score)) for ids, n, score in row if np.isfinite(score)] for row in each]
+        found = [[(ids[:n].tolist(), float(score)) for ids, n, score in row if np.isfinite(score)] for row in each]
+        return [row[: self.beam.returned] for row in found]
 
 
 @jax.jit

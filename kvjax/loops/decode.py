@@ -163,7 +163,7 @@ def prefill(
         CacheError: a row's tokens do not fit the capacity (on the host; under `jit` the row is flagged).
     """
     tokens, valid = _check_tokens("prefill", model, cache, tokens, valid)
-    if is_concrete(tokens):
+    if is_concrete(tokens) and is_concrete(valid):  # else the columns are all that can be asked for
         size = bucket(tokens.shape[1])
         tokens = np.pad(np.asarray(tokens), ((0, 0), (0, size - tokens.shape[1])))
     return _run.prefill(model, cache, tokens, valid)

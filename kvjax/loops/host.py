@@ -288,13 +288,7 @@ class Run:
         tokens = np.full((len(new), int(np.max(lengths, initial=0))), -1, np.int32)
         for row, ids in enumerate(new):
             tokens[row, : len(ids)] = ids
-        cache, logits, ranked = self.state.end(model_of(self.lm))
-        candidates = None
-        if ranked is not None:
-            candidates = [
-                [self._answer(row, text[len(prompt) :], score) for text, score in texts]
-                for row, (prompt, texts) in enumerate(zip(self.prompts, ranked, strict=True))
-            ]
+        cache, logits = self.state.end(model_of(self.lm))
         answers = [self._answer(row, ids) for row, ids in enumerate(new)]
         texts = [answer.text for answer in answers if answer.text is not None]
         return Generated(
@@ -309,8 +303,18 @@ class Run:
             sampler=self.sampler,
             stop_ids=self.stop_ids,
             timings=self.timings,
-            candidates=candidates,
+            candidates=self.candidates(),
         )
+
+    def candidates(self) -> list[list[Candidate]] | None:
+        """`Generated.candidates` so far, without the cache that `result` makes of the best."""
+        ranked = self.state.ranked()
+        if ranked is None:
+            return None
+        return [
+            [self._answer(row, text[len(prompt) :], score) for text, score in texts]
+            for row, (prompt, texts) in enumerate(zip(self.prompts, ranked, strict=True))
+        ]
 
     def _answer(self, row: int, new: list[int], score: float = 0.0) -> Candidate:
         tokenizer = getattr(self.lm, "tokenizer", None)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvjax.caches.base import Cache
+from kvjax.caching import source_limits
 from kvjax.checks import bucket
 from kvjax.errors import InputError
 from kvjax.lm import LM
@@ -68,18 +69,21 @@ def limits_of(model: Model, ids: list[list[int]], max_new_tokens: Any, usual: An
 
 
 def encode(lm: LM | Model, prompts: Any) -> list[list[int]]:
-    """Ids of each prompt; those of source texts are checked by `kvjax.encode`.
+    """Ids of each prompt.
 
     Raises:
         InputError: there is none, or one is empty, no text and no ids, or has ids outside the vocabulary.
     """
     model = model_of(lm)
-    rows, vocab = [], model.vocab_size if model.encode is None else None
+    rows, vocab = [], model.vocab_size if model.encode is None else source_limits(model)[1]
     for row, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
         if isinstance(prompt, str):
             if not prompt and model.encode is not None:
                 raise InputError(f"generate: prompt {row} is empty; a source needs at least one token")
-            prompt = _with_tokenizer(lm, f"prompt {row}").encode(prompt)
+            tokenizer, text = _with_tokenizer(lm, f"prompt {row}"), prompt
+            prompt = tokenizer.encode(text)
+            if model.encode is not None and not tokenizer.encode_bare(text):
+                raise InputError(f"generate: prompt {row}, {text[:40]!r}, has nothing that the tokenizer knows")
         if np.size(prompt) == 0:
             raise InputError(f"generate: prompt {row} is empty; give at least one id")
         rows.append(_ids(f"prompt {row}", prompt, vocab))
@@ -128,9 +132,10 @@ def _ids(what: str, given: Any, vocab: int | None) -> list[int]:
     ids = np.asarray(given)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"generate: {what} must be text or a list of ids, not {ids.dtype}{list(ids.shape)}")
-    if ids.min() < 0 or (vocab is not None and ids.max() >= vocab):
+    if ids.min() < 0 or ids.max() >= (vocab or 2**31):
         bad = int(ids.min() if ids.min() < 0 else ids.max())
-        raise InputError(f"generate: {what} has id {bad}, the vocabulary has {vocab} ids")
+        known = "ids are 0 or more, and int32" if vocab is None else f"the vocabulary has {vocab} ids"
+        raise InputError(f"generate: {what} has id {bad}, {known}")
     return ids.astype(np.int64).tolist()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax.errors import InputError
 from kvjax.types import Array, DType, Params
 
 Bias = Callable[[Array, Array], Array]
@@ -205,11 +206,25 @@ class Relative(Positions):
         max_distance: distances from here on share the last bucket.
         bidirectional: half of the buckets are for keys behind the query and half for those ahead (encoders); if not,
             all are for keys behind it.
+
+    Raises:
+        InputError: too few buckets, or a `max_distance` that they reach singly.
     """
 
     buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = False
+
+    def __post_init__(self) -> None:
+        count, half = (self.buckets // 2, self.buckets % 2) if self.bidirectional else (self.buckets, 0)
+        if count < 2 or half:
+            least = "an even number of at least 4" if self.bidirectional else "at least 2"
+            raise InputError(f"Relative: buckets must be {least}, not {self.buckets}")
+        if self.max_distance <= count // 2:
+            raise InputError(
+                f"Relative: max_distance {self.max_distance} must be more than the {count // 2} distances that have a "
+                "bucket each"
+            )
 
     def shapes(self, width: int, heads: int) -> dict[str, tuple[int, ...]]:
         """One table `[buckets, H]`."""

@@ -77,7 +77,7 @@ def _of_source(made: Comparison, rows: dict[str, Row]) -> list[str]:
         f"Without any cache a step runs the text again. Running the encoder again with it as well, as the plainest "
         f"code does, would be {encoder:,.0f} FLOP more: {encoder / kv.counted.contractions:.1f} steps with K/V.",
         f"Outputs of all sub-layers have {sub_layers.nbytes / kv.nbytes:.2f} of the bytes of K/V and lose in decoding: "
-        f"{_times(sub_layers, kv)} times as long. They win in resuming: the last {made.edited} positions again from "
+        f"{_times(sub_layers, kv)} times as long. They are for resuming: the last {made.edited} positions again from "
         f"the middle layer took {_milliseconds(sub_layers, 'resume')}; the whole text anew took "
         f"{_milliseconds(rows[NONE], 'edit')}.",
     ]

@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   python -m kvjax.train induction --out runs/induction
       trains the bundled model of the copying task (5 minutes on one core)
   python -m kvjax.train seq2seq --text ar2en-train.txt --out runs/ar2en
-      trains the bundled transliterator on lines of source, tab, target
+      trains the bundled transliterator on lines of source, tab, target (20 minutes on one core)
   python -m kvjax.train eval --text tinyshakespeare.txt
       nats per character of the bundled model on the text's last 111,540 characters
   python -m kvjax.train eval runs/my/model --text my.txt

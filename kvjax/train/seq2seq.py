@@ -113,7 +113,7 @@ def _widened(path: Any, x: Array) -> Array:
     return x / (0.02 * math.sqrt(inputs))
 
 
-def nats(model: Model, rows: pairs.Rows) -> tuple[Array, Array]:
+def log_probabilities(model: Model, rows: pairs.Rows) -> tuple[Array, Array]:
     """Log-probabilities `[B, T, V]` of what may follow each token of the targets, and which are real `[B, T]`."""
     source = encode(model, rows.source, rows.source_valid)
     logits = forward(model, rows.target, rows.target_valid, source=source)
@@ -123,7 +123,7 @@ def nats(model: Model, rows: pairs.Rows) -> tuple[Array, Array]:
 
 def loss(model: Model, rows: pairs.Rows, smoothing: float) -> Array:
     """Mean cross-entropy in nats per token, a share `smoothing` of each target spread over all tokens."""
-    found, real = nats(model, rows)
+    found, real = log_probabilities(model, rows)
     written = jnp.take_along_axis(found, rows.wanted[..., None], axis=-1)[..., 0]  # [B, T]
     gain = written + smoothing * (jnp.mean(found, axis=-1) - written)
     return -jnp.sum(jnp.where(real, gain, 0.0)) / jnp.sum(real)
@@ -157,7 +157,7 @@ def train_block(settings: Settings, vocab_size: int) -> Callable[[State, list[pa
 
 @jax.jit
 def _written_nats(model: Model, rows: pairs.Rows) -> tuple[Array, Array]:
-    found, real = nats(model, rows)
+    found, real = log_probabilities(model, rows)
     written = jnp.take_along_axis(found, rows.wanted[..., None], axis=-1)[..., 0]
     return jnp.sum(jnp.where(real, -written, 0.0), axis=-1), jnp.sum(real, axis=-1)
 
@@ -220,6 +220,7 @@ def train(text: Path, out: Path, settings: Settings, *, quiet: bool = False) -> 
             "sha256": split.sha256,
             "train": len(split.train),
             "heldout": len(split.heldout),
+            "longest": int(max(rows.source_valid.max(), rows.target_valid.max() - 1)),
         },
         "settings": dataclasses.asdict(settings),
         "nats": progress.best_loss,
@@ -242,4 +243,4 @@ def command(text: Path, settings: Settings) -> str:
     return " ".join(["python -m kvjax.train seq2seq", f"--text {text.name}", "--out DIR", *changed])
 
 
-__all__ = ["Settings", "nats", "loss", "train_block", "nats_per_token", "train", "command"]
+__all__ = ["Settings", "log_probabilities", "loss", "train_block", "nats_per_token", "train", "command"]

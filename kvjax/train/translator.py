@@ -18,8 +18,8 @@ SKIPPED = 2
 """Rows before the first of mBART's position tables that mean nothing."""
 
 DATA = (
-    "Names from Wikipedia with their English spelling, collected for the transliteration experiments of Rosca and\n"
-    "Breuel (2016, 1610.09565): google/transliteration, Apache License 2.0."
+    "Names in Arabic script with their English spelling, published by Rosca and Breuel (2016, 1610.09565):\n"
+    "google/transliteration, Apache License 2.0."
 )
 
 
@@ -159,7 +159,8 @@ def card(out: Path, record: dict[str, Any]) -> str:
         f"| encoder layers, decoder layers | {shape['encoder_layers']}, {shape['decoder_layers']} |",
         f"| width, feed-forward, heads | {shape['d_model']}, {shape['encoder_ffn_dim']}, "
         f"{shape['encoder_attention_heads']} |",
-        f"| longest name | {shape['max_position_embeddings'] - 1} characters |",
+        f"| longest name | {shape['max_position_embeddings'] - 1} characters; of the data {data['longest']}, beyond "
+        "which nothing was learnt |",
         f"| tokenizer | {shape['vocab_size']} entries, one a character |",
         "| stored in | float16 |",
         "",
