@@ -12,7 +12,7 @@ import pytest
 MAPS = Path("/proc/self/maps")
 BETWEEN, INSIDE = 25_000, 55_000
 """XLA keeps compiled programs in memory maps, of which Linux allows a process 65,530; past them it aborts. The full
-suite makes more: between files, where nobody counts compilations, it lets go of what it compiled, and if it must inside."""
+suite makes more. It lets go of what it compiled between files, where nobody counts compilations; inside if it must."""
 
 ran = itertools.count(1)
 
