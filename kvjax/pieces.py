@@ -14,6 +14,7 @@ from kvjax.checkpoint.folder import read_json, read_json_if_there
 from kvjax.checkpoint.reader import show
 from kvjax.errors import CheckpointError
 
+BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece puts for a space
 EXTRA_IDS = 100  # of T5, where tokenizer_config.json does not say
 
@@ -74,7 +75,7 @@ class Pieces:
         tokens = [self._tokens.get(i, "") for i in ids]
         if skip_special_tokens:
             tokens = [token for token in tokens if token not in self._special]
-        return "".join(tokens).replace(SPACE, " ").removeprefix(" ")
+        return b"".join(map(_bytes, tokens)).decode("utf-8", errors="replace").removeprefix(" ")
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a piece or special token."""
@@ -98,6 +99,11 @@ class Pieces:
             pieces, text = [code[0]], text[code.end() :]
         pieces += self._processor.encode(text, out_type=str)
         return [self._vocab.get(piece, self._unknown) for piece in pieces]
+
+
+def _bytes(token: str) -> bytes:
+    # What is in no piece may be written as its bytes, a piece each.
+    return bytes([int(token[3:5], 16)]) if BYTE.fullmatch(token) else token.replace(SPACE, " ").encode()
 
 
 def load_pieces(folder: Path) -> tuple[Pieces, Pieces] | None:
@@ -127,10 +133,26 @@ def load_pieces(folder: Path) -> tuple[Pieces, Pieces] | None:
     size = processor.get_piece_size()
     vocab = {processor.id_to_piece(i): i for i in range(size)}
     marks = {f"<extra_id_{i}>": size + extra - 1 - i for i in range(extra)}  # backwards, as T5 was trained
+    for name, i in _added(folder, values).items():
+        if (vocab | marks).get(name) != i:
+            raise CheckpointError(
+                f"{folder}: token {show(name)} with id {show(i)} was added to spiece.model; give a tokenizer.json, "
+                "which says how"
+            )
     special = {token: i for token, i in vocab.items() if processor.is_control(i) or processor.is_unknown(i)}
     end = None if processor.eos_id() < 0 else processor.eos_id()
     one = Pieces(processor, vocab, special | marks, unknown=processor.unk_id(), end=end)
     return one, one
+
+
+def _added(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Tokens that were added to a SentencePiece model, and their ids."""
+    listed = values.get("added_tokens_decoder", {})
+    found = dict(read_json_if_there(folder / "added_tokens.json"))
+    for i, token in listed.items() if isinstance(listed, dict) else ():
+        name = token.get("content") if isinstance(token, dict) else token
+        found[str(name)] = int(i) if i.isdigit() else i
+    return found
 
 
 def _marian(path: Path, vocab: dict[str, int], values: dict[str, Any]) -> Pieces:

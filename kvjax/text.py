@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import tokenizers
 
 from kvjax.checkpoint.folder import read_json_if_there
 from kvjax.errors import CheckpointError, InputError
-from kvjax.pieces import Pieces, load_pieces
+from kvjax.pieces import BYTE, Pieces, load_pieces
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders put for bytes that are no character, or not yet
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _WINDOW = 64  # tokens decoded again for each new one, at most twice this
 
 
@@ -126,7 +124,7 @@ class Tokenizer:
         for i in reversed(ids):
             token = self.target.id_to_token(i)
             if token is not None and i not in self._skipped:
-                return _BYTE.fullmatch(token) is not None
+                return BYTE.fullmatch(token) is not None
         return False
 
 

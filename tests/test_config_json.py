@@ -426,6 +426,13 @@ def test_gpt2_reads_the_names_that_transformers_maps():
     assert read_config(hf, strict=True) == read_config(cases.CASES[0].config, strict=True)
 
 
+def test_two_names_of_one_thing_must_agree():
+    hf = golden("bart")[0]["config"]
+    assert read_config(hf | {"num_attention_heads": hf["encoder_attention_heads"]})
+    with pytest.raises(CheckpointError, match="'encoder_attention_heads' is .*, but 'num_attention_heads'"):
+        read_config(hf | {"num_attention_heads": 2 * hf["encoder_attention_heads"]})
+
+
 def test_an_unknown_key_is_a_warning_that_names_it():
     with pytest.warns(UserWarning, match="brand_new_key"):
         read_config(json.loads(json.dumps(cases.CASES[0].config)) | {"brand_new_key": 1})

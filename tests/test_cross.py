@@ -35,7 +35,9 @@ CROSS = {
     "projected again": caches.encoder_output(),
     "absorbed": caches.encoder_output(absorb=True),
 }
-each_cross = pytest.mark.parametrize("cross", CROSS.values(), ids=CROSS)
+each_cross = pytest.mark.parametrize(
+    "cross", [pytest.param(x, id=n, marks=() if n != "projected again" else pytest.mark.full) for n, x in CROSS.items()]
+)
 FEED = prompt_ids(8, 8)[:, :3]
 
 
@@ -105,7 +107,7 @@ def biased(params, config, cache, tokens, valid):
 @pytest.mark.parametrize(
     "twin",
     [
-        {"encode": in_order},
+        pytest.param({"encode": in_order}, marks=pytest.mark.full),
         pytest.param({"encode": padding_encoded}, marks=pytest.mark.full),
         pytest.param({"encode": behind_only}, marks=pytest.mark.full),
         {"apply": biased},
@@ -120,6 +122,7 @@ def test_a_broken_twin_of_the_model_does_not(twin):
 # ---------------------------------------------------------------- sources of any length
 
 
+@pytest.mark.full
 def test_sources_of_one_token_and_of_sixty_stand_in_one_batch():
     model, lengths = tiny(RELATIVE), [60, 1, 2]
     ids = prompt_ids(3, 3, 60)
@@ -227,7 +230,9 @@ def moved(cross, how, program):
 
 @pytest.mark.corner
 @pytest.mark.parametrize("program", ["scan", pytest.param("step", marks=pytest.mark.full)])
-@pytest.mark.parametrize("cross", [CROSS["cross"], CROSS["absorbed"]], ids=["cross", "absorbed"])
+@pytest.mark.parametrize(
+    "cross", [CROSS["cross"], pytest.param(CROSS["absorbed"], marks=pytest.mark.full)], ids=["cross", "absorbed"]
+)
 def test_reordered_beams_neither_gather_nor_copy_the_source(cross, program):
     extra, copies = moved(cross, "reorder", program)
     print(f"{jax.__version__}: {extra:.4f} of the source beside the arguments")
@@ -269,7 +274,8 @@ def test_samples_that_share_a_source_are_those_that_each_have_their_own():
     assert np.asarray(strayed.flags).astype(bool).tolist() == [False, True, False, False, False, False]
 
 
-@pytest.mark.parametrize("cross", [CROSS["cross"], pytest.param(CROSS["absorbed"], marks=pytest.mark.full)], ids=str)
+@pytest.mark.full
+@pytest.mark.parametrize("cross", [CROSS["cross"], CROSS["absorbed"]], ids=str)
 def test_rows_that_go_on_from_one_text_read_its_source(cross):
     model, one = tiny(RELATIVE), source(tiny(RELATIVE), 1)
     _, prefix = kvjax.prefill(model, begun(model, cross, source=one, capacity=16), prompt_ids()[:1, :10])
@@ -285,7 +291,8 @@ def test_rows_that_go_on_from_one_text_read_its_source(cross):
         kvjax.init_cache(model, caches.dense(), prefix=prefix, source=one, batch=3, capacity=CAPACITY)
 
 
-@pytest.mark.parametrize("cross", [CROSS["cross"], pytest.param(CROSS["absorbed"], marks=pytest.mark.full)], ids=str)
+@pytest.mark.full
+@pytest.mark.parametrize("cross", [CROSS["cross"], CROSS["absorbed"]], ids=str)
 def test_a_row_with_a_longer_source_takes_a_place_among_beams(cross):
     model = tiny(RELATIVE)
     _, beams = kvjax.prefill(model, begun(model, cross, source=source(model, 1), batch=3), prompt_ids()[:, :4])
@@ -308,6 +315,7 @@ def counting(params, config, tokens, valid):
     return transformer.apply_encoder(params, config, tokens, valid)
 
 
+@pytest.mark.full
 def test_the_encoder_runs_once_whatever_is_made_of_its_source():
     model = tiny(POSTNORM).replace(encode=counting)
     given = source(model)
@@ -356,9 +364,7 @@ STORES = [make() for make in codecs.CODECS]
 @pytest.mark.parametrize(
     "cross",
     [
-        pytest.param(
-            kind, id=str(kind), marks=() if "int4()" in str(kind) or str(kind) == "cross()" else pytest.mark.full
-        )
+        pytest.param(kind, id=str(kind), marks=() if str(kind) == "cross(store=int4())" else pytest.mark.full)
         for kind in (
             *(caches.cross(store=store) for store in STORES),
             *(caches.encoder_output(absorb=absorb, store=s) for s in STORES[:-1] for absorb in (False, True)),

@@ -54,6 +54,7 @@ def test_a_cache_is_bitwise_unharmed_after_both_branches_of_a_fork_ran_through_e
 def test_every_public_function_that_takes_a_cache_is_in_this_test():
     takes = {"prefill", "step", "decode", "decode_until", "generate", "save_cache"}
     takes |= {"resume"}  # of a cache with a trace, in test_resume
+    takes |= {"beam", "beam_search"}  # of beams, in test_beam
     public = {name for name in kvjax.__all__ if callable(getattr(kvjax, name))}
     builds = {"init_cache", "cache_nbytes", "forward", "attend", "cross_attend", "encode", "decoder", "init_params"}
     builds |= {"load", "load_cache"}

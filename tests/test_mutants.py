@@ -68,7 +68,7 @@ def test_a_mutant_of_a_ring_dies(name):
     assert mutants.killers(RING, testing.suite, (BY_NAME[name],)).get(name), f"{name} survives, or does not apply"
 
 
-@pytest.mark.parametrize("name", ["source: padding seen", "source: that of row 0", "source: fork copies"])
+@pytest.mark.parametrize("name", ["source: padding seen", "source: that of row 0"])
 def test_a_mutant_of_a_source_dies(name):
     assert mutants.killers(SOURCE, testing.suite, (BY_NAME[name],)).get(name), f"{name} survives, or does not apply"
 

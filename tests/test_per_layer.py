@@ -83,7 +83,7 @@ def test_the_tables_of_each_rotation_are_made_once_a_call(monkeypatch):
     ("changes", "message"),
     [
         ({"layer_positions": (Rope(),)}, "1 entries for 3 layers"),
-        ({"positions": Learned(8)}, "learned table"),
+        ({"positions": Learned(8)}, "positions is Learned"),
         ({"attention_softcap": 0.0}, "attention_softcap"),
         ({"logit_softcap": -1.0}, "logit_softcap"),
     ],

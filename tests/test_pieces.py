@@ -90,6 +90,13 @@ def test_ids_of_a_model_that_was_just_trained_come_back_as_its_text(tmp_path):
         tokenizer.encode_target("\ud800")
 
 
+def test_bytes_that_stand_for_what_no_piece_has_become_characters(tokenizers_of):
+    backend = tokenizers_of("t5").backend
+    backend._tokens = dict(enumerate(["▁the", "▁", *(f"<0x{x:02X}>" for x in "猫é".encode()), "a"]))
+    assert backend.decode(range(8)) == "the 猫éa"
+    assert backend.decode(range(4)) == "the \N{REPLACEMENT CHARACTER}"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatch, kind):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
@@ -102,6 +109,13 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatc
     [
         ("t5", "spiece.model", "", "spiece.model: no SentencePiece model"),
         ("t5", "spiece.model", "x" * 100, "spiece.model: no SentencePiece model"),
+        ("t5", "added_tokens.json", '{"<new>": 170}', "'<new>' with id 170 was added to spiece.model"),
+        (
+            "t5",
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"170": {"content": "<new>"}}}',
+            "'<new>' with id 170",
+        ),
         ("t5", "tokenizer_config.json", '{"extra_ids": -1}', "extra_ids must be an integer from 0, not -1"),
         ("marian", "target.spm", "x", "target.spm: no SentencePiece model"),
         ("marian", "vocab.json", "[]", "no JSON object"),

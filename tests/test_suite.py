@@ -15,11 +15,23 @@ from hypothesis import strategies as st
 
 import kvjax
 from kvjax import caches, codecs, testing
-from kvjax.testing import contract, moves, programs, promises
+from kvjax.testing import contract, moves, programs, promises, sources
 
 ROOT = Path(__file__).resolve().parent.parent
-COSTLY = {moves.vmap: ("ring",), moves.gradients: ("ring", "cross"), contract.sharded: ()}
+COSTLY = {moves.vmap: ("ring",), moves.gradients: ("ring",), contract.sharded: ()}
 """Checks that compile much run by default on these cases, and on the others in the full suite."""
+
+
+BESIDE_A_SOURCE = (
+    promises.same_logits,
+    promises.unused_slots,
+    moves.rows,
+    programs.bookkeeping,
+    sources.source_stays,
+    sources.refused_source,
+    sources.own_source,
+)
+"""Checks that run by default beside a source as well: those on which it bears most."""
 
 
 ELSEWHERE = (promises.same_logits, promises.rewind, promises.unused_slots, moves.rows, moves.jit_is_eager, moves.vmap)
@@ -30,6 +42,7 @@ def each_check():
     for check in testing.suite:
         for case in (*kinds.cases(), *kinds.of_sources()):
             left_out = case.full or case.name not in COSTLY.get(check, (case.name,))
+            left_out |= case.config.encoder is not None and check not in BESIDE_A_SOURCE
             name = f"{check.__name__}-{case.name.replace(' ', '-')}"
             marks = pytest.mark.full if left_out else pytest.mark.corner if check in ELSEWHERE else ()
             yield pytest.param(check, case, id=name, marks=marks)

@@ -128,9 +128,9 @@ def test_the_batch_and_the_kinds_change_nothing(command, names):
 
 def test_what_is_wrong_is_said_in_one_line(command, names, tmp_path, monkeypatch):
     bad = tmp_path / "bad.txt"
-    bad.write_bytes(b"anna\nbert\neva\nx\xff\n")
+    bad.write_bytes(b"anna\nbert\neva\nanna\nx\xff\n")
     long = tmp_path / "long.txt"
-    long.write_text("anna\nbert\neva\n" + "a" * 25 + "\n")
+    long.write_text("anna\nbert\neva\nanna\n" + "a" * 25 + "\n")
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
     for argv, message, lines in (
         (["anna", "--file", names], "either TEXT or --file", 0),
@@ -139,8 +139,8 @@ def test_what_is_wrong_is_said_in_one_line(command, names, tmp_path, monkeypatch
         ([], "nothing to translate", 0),
         (["anna", "--candidates", 5], "--candidates 5 is more than --beams 4", 0),
         (["--file", tmp_path / "none"], "cannot read", 0),
-        (["--file", bad, *BEST], "line 4 of .*bad.txt is not UTF-8", 3),
-        (["--file", long, *BEST], "line 4 of .*long.txt has 25 tokens, the encoder has 24 positions", 3),
+        (["--file", bad, *BEST], "line 5 of .*bad.txt is not UTF-8", 4),
+        (["--file", long, *BEST], "line 5 of .*long.txt has 25 tokens, the encoder has 24 positions", 4),
     ):
         code, out, err = command(*argv)
         assert (code, err.count("\n"), out.count("\n")) == (1, 1, lines)

@@ -29,8 +29,12 @@ class Fields:
         self._where = where
         self.unknown: list[str] = []  # keys of nested objects that nobody reads; the caller reports them with its own
         for alias, name in (aliases or {}).items():
-            if alias in self._values:
-                self._values.setdefault(name, self._values.pop(alias))
+            if alias not in self._values:
+                continue
+            value = self._values.pop(alias)
+            if self._values.setdefault(name, value) != value:
+                own, other = show(self._values[name]), show(value)
+                raise CheckpointError(f"{where}: {name!r} is {own}, but {alias!r}, which is the same, is {other}")
 
     def raw(self, name: str, default: Any = None) -> Any:
         """The value as it is."""

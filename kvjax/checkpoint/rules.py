@@ -169,7 +169,7 @@ def plan(family: Family, config: Config, tensors: Source) -> list[Leaf]:
     for group in dict.fromkeys(groups.values()):
         first, *others = [names[name] for name in group if name in names] or [""]
         others = [other for other in others if not _equal(tensors, first, other)]
-        wrong += [f"differs: {other} from {first}, config.json makes them one table" for other in others]
+        wrong += [f"differs: {other} from {first}, which are one table here" for other in others]
     for short, value in family.constants.items():
         if short in names and not _close(tensors, names[short], value(config, tensors.info(names[short]).shape[0])):
             wrong.append(f"differs: {names[short]} from what config.json makes it, which is all that is computed")

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"translate: --candidates {count} is more than --beams {args.beams}; a beam gives one each")
     done = 0
     with contextlib.ExitStack() as kept_open:
-        lines, total = _lines(args, kept_open) if many else (_given(args.text), len(args.text))
+        lines, total = _lines(args, kept_open) if many else (iter(list(_given(args.text))), len(args.text))
         lm = load(args.model, dtype=args.dtype)
         if lm.model.encode is None:
             raise InputError(
@@ -64,20 +64,23 @@ def run(args: argparse.Namespace) -> None:
 def translated(
     lm: LM, lines: Iterable[Line], search: Beam, args: argparse.Namespace
 ) -> Iterator[tuple[list[Line], list[list[Candidate]]]]:
-    """Batches of lines with the candidates of each, in order; none for a blank line."""
+    """Batches of lines with the candidates of each, in order; none for a blank line. What is wrong with a line is
+    raised after those before it."""
     size = 0
-    for batch in _batches(lines, args.batch):
-        sources = [_encoded(lm, line) for line in batch if line.text.strip()]
+    for batch in _batches(lm, lines, args.batch):
+        sources = [ids for _, ids in batch if ids]
         found: Iterator[list[Candidate]] = iter(())
         if sources:
             size = max(size, len(batch))
             full = sources + sources[-1:] * (size - len(sources))  # of one size: another would compile again
             found = iter(candidates_of(lm, full, search, args))
-        yield batch, [next(found) if line.text.strip() else [] for line in batch]
+        yield [line for line, _ in batch], [next(found) if ids else [] for _, ids in batch]
 
 
 def _encoded(lm: LM, line: Line) -> list[int]:
     ids, limit = lm.encode(line.text), getattr(lm.model.config.encoder, "max_positions", None)
+    if not lm.text_tokenizer().encode_bare(line.text):
+        raise InputError(f"translate: {line.where}, {line.text[:40]!r}, has nothing the tokenizer knows")
     if limit is not None and len(ids) > limit:
         raise InputError(f"translate: {line.where} has {len(ids)} tokens, the encoder has {limit} positions")
     return ids
@@ -102,10 +105,21 @@ def candidates_of(lm: LM, sources: list[list[int]], search: Beam, args: argparse
     return made.candidates() or []
 
 
-def _batches(lines: Iterable[Line], size: int) -> Iterator[list[Line]]:
-    rest = iter(lines)
-    while batch := list(itertools.islice(rest, size)):
-        yield batch
+def _batches(lm: LM, lines: Iterable[Line], size: int) -> Iterator[list[tuple[Line, list[int]]]]:
+    """Lines and their ids, none for a blank one."""
+    rest, wrong = iter(lines), None
+    while wrong is None:
+        batch: list[tuple[Line, list[int]]] = []
+        try:
+            for line in itertools.islice(rest, size):
+                batch.append((line, _encoded(lm, line) if line.text.strip() else []))
+        except InputError as error:
+            wrong = error
+        if batch:
+            yield batch
+        elif wrong is None:
+            return
+    raise wrong
 
 
 def _given(texts: list[str]) -> Iterator[Line]:

@@ -83,7 +83,7 @@ def encode(lm: LM | Model, prompts: Any) -> list[list[int]]:
             tokenizer, text = _with_tokenizer(lm, f"prompt {row}"), prompt
             prompt = tokenizer.encode(text)
             if model.encode is not None and not tokenizer.encode_bare(text):
-                raise InputError(f"generate: prompt {row}, {text[:40]!r}, has nothing that the tokenizer knows")
+                raise InputError(f"generate: prompt {row}, {text[:40]!r}, has nothing the tokenizer knows")
         if np.size(prompt) == 0:
             raise InputError(f"generate: prompt {row} is empty; give at least one id")
         rows.append(_ids(f"prompt {row}", prompt, vocab))
