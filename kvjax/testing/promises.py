@@ -228,6 +228,8 @@ def poisoned(cache: Cache) -> Cache:
             if used is None:
                 return poison
             x, bad = (storage.unpack(y, heads, rest) for y in (buffer, poison))
+            if x.shape[2] != used.shape[1]:
+                return buffer  # codes of groups, and the tail behind them, lie in no slot of their own
             return storage.repack(jnp.where(jnp.expand_dims(used[:, None], range(3, x.ndim)), x, bad))
 
         return part.each(each)
