@@ -10,6 +10,7 @@ from models import FULL, GEMMA, LEARNED, MIXED, POST, POSTNORM, RELATIVE, WINDOW
 
 from kvjax import caches, codecs, testing
 from kvjax.caches import plans
+from kvjax.testing import contract, moves, programs, promises, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +208,39 @@ def of_sources() -> list[Case]:
     missing = [kind.__name__ for kind in caches.CROSS_KINDS if kind not in CROSS_TABLE]
     assert not missing, f"tests/kinds.py has no case for {missing}"
     return [case for kind in caches.CROSS_KINDS for case in CROSS_TABLE[kind]]
+
+
+COSTLY = {moves.vmap: ("ring",), moves.gradients: ("ring",), contract.sharded: ()}
+"""Checks that compile much run by default on these cases, and on the others in the full suite."""
+
+
+BESIDE_A_SOURCE = (
+    promises.same_logits,
+    promises.unused_slots,
+    moves.rows,
+    programs.bookkeeping,
+    sources.source_stays,
+    sources.refused_source,
+    sources.own_source,
+)
+"""Checks that run by default beside a source as well: those on which it bears most."""
+
+
+ELSEWHERE = (promises.same_logits, promises.rewind, promises.unused_slots, moves.rows, moves.jit_is_eager, moves.vmap)
+"""Checks that run on other versions of jax as well."""
+
+
+def each_check(cases):
+    """Every check of the suite with every case, marked for the suites that it runs in."""
+    for check in testing.suite:
+        for case in cases:
+            if check is contract.sharded and case.config.encoder is not None:
+                continue  # its model attends to no source
+            left_out = case.full or case.name not in COSTLY.get(check, (case.name,))
+            left_out |= case.config.encoder is not None and check not in BESIDE_A_SOURCE
+            name = f"{check.__name__}-{case.name.replace(' ', '-')}"
+            marks = pytest.mark.full if left_out else pytest.mark.corner if check in ELSEWHERE else ()
+            yield pytest.param(check, case, id=name, marks=marks)
 
 
 def each(only=lambda case: True, cases=cases):

@@ -1,6 +1,6 @@
 """Promise: a source is encoded once, kept once, shared by all that read it, and nothing else of it is seen.
 
-`test_suite` runs the contract suite over what may be kept of a source.
+`test_suite_of_sources` runs the contract suite over what may be kept of a source.
 """
 
 from __future__ import annotations
