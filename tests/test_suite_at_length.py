@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvjax.testing import programs, promises
+from kvjax.testing.cases import POSTNORM, RELATIVE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.parametrize("seed", [1, 2])
 @kinds.each(lambda case: case.exact, lambda: [*kinds.cases(), *kinds.of_sources()])
 def test_tokens_and_programs_are_equal_at_the_other_seeds(case, seed):
-    promises.same_tokens(case, (seed,))
+    varied = dataclasses.replace(case, config=RELATIVE) if case.config is POSTNORM else case
+    promises.same_tokens(varied, (seed,))  # the post-norm model soon repeats itself at these seeds
     programs.any_program(case, (seed,), count=24)
 
 
