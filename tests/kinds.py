@@ -214,6 +214,10 @@ COSTLY = {moves.vmap: ("ring",), moves.gradients: ("ring",), contract.sharded: (
 """Checks that compile much run by default on these cases, and on the others in the full suite."""
 
 
+DEAREST = (moves.vmap, moves.gradients)
+"""Checks that run on the first two cases of a kind only, also in the full suite: nothing compiles more."""
+
+
 BESIDE_A_SOURCE = (
     promises.same_logits,
     promises.unused_slots,
@@ -236,11 +240,18 @@ def each_check(cases):
         for case in cases:
             if check is contract.sharded and case.config.encoder is not None:
                 continue  # its model attends to no source
+            if check in DEAREST and case not in firsts():
+                continue
             left_out = case.full or case.name not in COSTLY.get(check, (case.name,))
             left_out |= case.config.encoder is not None and check not in BESIDE_A_SOURCE
             name = f"{check.__name__}-{case.name.replace(' ', '-')}"
             marks = pytest.mark.full if left_out else pytest.mark.corner if check in ELSEWHERE else ()
             yield pytest.param(check, case, id=name, marks=marks)
+
+
+def firsts():
+    """The first two cases of every kind."""
+    return [case for listed in (*TABLE.values(), *CROSS_TABLE.values()) for case in listed[:2]]
 
 
 def each(only=lambda case: True, cases=cases):
