@@ -64,7 +64,7 @@ def test_eight_prompt_lengths_compile_the_buckets_they_cross():
 
 @pytest.mark.corner
 def test_generate_compiles_nothing_for_other_prompts_numbers_seeds_stops_and_budgets():
-    model, prompts = tiny(ONE_LAYER), prompt_ids(2, 3).tolist()
+    model, other, prompts = tiny(ONE_LAYER), tiny(ONE_LAYER, 1), prompt_ids(2, 3).tolist()
 
     def run(a, b, c, **options):
         ids = [prompts[0][:a], prompts[1][:b], prompts[2][:c]]
@@ -82,7 +82,7 @@ def test_generate_compiles_nothing_for_other_prompts_numbers_seeds_stops_and_bud
         run(16, 3, 9, sampler=chain(0.0, 0, 1.0), seed=[7, 8, 2**32 - 1])
         run(16, 3, 9, stop_ids=(1, 2, 3), max_new_tokens=[0, 1, 40])
         run(16, 3, 9, stop_ids=tuple(range(8)), max_new_tokens=np.int64(17))
-        list(kvjax.generate(tiny(ONE_LAYER, 1), prompts, sampler=chain(0.8, 10, 0.9), max_new_tokens=2).lengths)
+        list(kvjax.generate(other, prompts, sampler=chain(0.8, 10, 0.9), max_new_tokens=2).lengths)
     assert made.count == 0
 
 
