@@ -21,8 +21,9 @@ from contract_models import naive_sinks
 import kvjax
 from kvjax import caches
 from kvjax.caches import codecs, storage
-from kvjax.caches.base import PAGES, Cache, Project, Span, Tree
+from kvjax.caches.base import Cache, Project, Span, Tree
 from kvjax.caches.cross import Encoded, EncodedKind, Source
+from kvjax.caches.flags import PAGES
 from kvjax.caches.pages import Pages
 from kvjax.caches.shared_prefix import SharedPrefix
 from kvjax.config import Config

@@ -11,8 +11,9 @@ import numpy as np
 
 from kvjax import caches
 from kvjax.caches import plans
-from kvjax.caches.base import COUNT, NAN, NO_SOURCE, POSITIONS, SOURCE, TOKEN, Cache, OpenCache, Span
+from kvjax.caches.base import SOURCE, Cache, OpenCache, Span
 from kvjax.caches.cross import CrossKind, Source, rows_of
+from kvjax.caches.flags import COUNT, NAN, NO_SOURCE, POSITIONS, TOKEN
 from kvjax.caches.recompute import Recompute
 from kvjax.caches.shared_prefix import after, room_after
 from kvjax.checks import bucket, is_concrete, whole
@@ -74,20 +75,20 @@ def _encode(model: Model, tokens: Array, valid: Array) -> Source:
     valid = jnp.where(wrong | past, 0, valid).astype(jnp.int32)
     real = jnp.arange(s, dtype=jnp.int32)[None, :] < valid[:, None]
     states = model.encode(model.params, model.config, jnp.where(real, tokens, 0), valid)
-    states = jnp.where(real[:, :, None], states, 0)  # bitwise the same whatever stands in the padding
-    broken = ~jnp.all(jnp.isfinite(states), axis=(1, 2))
+    source = Source(states, valid, jnp.zeros_like(valid)).checked()
+    broken = ~jnp.all(jnp.isfinite(source.states), axis=(1, 2))
     unknown = (tokens < 0) if vocab is None else (tokens < 0) | (tokens >= vocab)
     bits = ((wrong, COUNT), (past, POSITIONS), (broken, NAN), (jnp.any(real & unknown, axis=1), TOKEN))
-    flags = functools.reduce(jnp.bitwise_or, (jnp.where(where, bit, 0) for where, bit in bits))
-    flags |= jnp.where((valid == 0) | (flags != 0), NO_SOURCE, 0)
-    return Source(jnp.where(broken[:, None, None], 0, states), valid, flags.astype(jnp.int32))
+    flags = functools.reduce(jnp.bitwise_or, (jnp.where(where, bit, 0) for where, bit in bits), source.flags)
+    flags |= jnp.where(flags != 0, NO_SOURCE, 0)
+    states = jnp.where(broken[:, None, None], 0, source.states)
+    return source.replace(states=states, flags=flags.astype(jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "share"))
 def _keep(model: Model, source: Source, *, kind: CrossKind, share: int) -> Any:
     """What a kind keeps of a source. The layers' keys and values of it are what they ask for in one call; the rest of
     the call is not used, and XLA leaves it out."""
-
     source = source.checked()
 
     def ask() -> tuple[Any, ...]:

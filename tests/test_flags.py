@@ -13,7 +13,7 @@ from models import MIXED, PROMPTS, SAMPLER, STEPS, WINDOW, fed, filled, prompt_i
 
 import kvjax
 from kvjax import CacheError, InputError, caches, sampling
-from kvjax.caches.base import CAPACITY, COUNT, MEANING, NAN, POSITIONS, TOKEN
+from kvjax.caches.flags import CAPACITY, COUNT, MEANING, NAN, POSITIONS, TOKEN
 
 FEED = prompt_ids(8, 8)[:, :3]
 NEAR = np.array([94, 7, 1])  # the first row is two tokens from the capacity

@@ -12,7 +12,8 @@ from models import FULL, LEARNED, MIXED, PROMPTS, WINDOWED, filled, prompt_ids, 
 
 import kvjax
 from kvjax import InputError, caches
-from kvjax.caches.base import NAN, LayerShape
+from kvjax.caches.base import LayerShape
+from kvjax.caches.flags import NAN
 from kvjax.config import Config
 from kvjax.ops.attention import Absorb
 from kvjax.ops.norms import LayerNorm

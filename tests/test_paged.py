@@ -14,7 +14,8 @@ from models import MIXED, fed, filled, prompt_ids, tiny
 
 import kvjax
 from kvjax import CacheError, caches, struct
-from kvjax.caches.base import PAGES, Cache, LayerShape, Project, Span
+from kvjax.caches.base import Cache, LayerShape, Project, Span
+from kvjax.caches.flags import PAGES
 from kvjax.caches.pages import Pages
 from kvjax.ops.attention import EMPTY
 

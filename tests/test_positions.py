@@ -43,4 +43,5 @@ def test_sinusoids_are_those_of_the_paper(interleaved, width):
             angle = at[row, column] / 10_000 ** (2 * wave / width)
             sine = i % 2 == 0 if interleaved else i < half
             want = 1 + (math.sin(angle) if sine else math.cos(angle))
+            # an angle of 700 in float32 is right to 3e-5
             assert abs(found[row, column, i] - want) < 1e-4, (row, column, i)

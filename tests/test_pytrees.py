@@ -11,7 +11,7 @@ from models import MIXED, filled, prompt_ids, tiny
 
 import kvjax
 from kvjax import CacheError, caches
-from kvjax.caches.base import ROWS
+from kvjax.caches.flags import ROWS
 
 IDS = prompt_ids(1)
 

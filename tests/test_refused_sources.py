@@ -9,7 +9,7 @@ import pytest
 
 import kvjax
 from kvjax import caches
-from kvjax.caches.base import COUNT, NO_SOURCE, ROWS
+from kvjax.caches.flags import COUNT, NO_SOURCE, ROWS
 from kvjax.errors import CacheError, InputError
 from kvjax.ops.positions import Relative
 from kvjax.testing.cases import RELATIVE, VOCAB, tiny

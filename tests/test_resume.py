@@ -15,8 +15,8 @@ from naive import gap, run
 
 import kvjax
 from kvjax import CacheError, InputError, caches
-from kvjax.caches.base import REWIND
 from kvjax.caches.cross import Cross
+from kvjax.caches.flags import REWIND
 from kvjax.loops import resume as loop
 from kvjax.params import abstract_params
 from kvjax.timing import Compilations

@@ -11,7 +11,7 @@ from models import CAPACITY, MIXED, PROMPTS, fed, filled, prompt_ids, tiny
 
 import kvjax
 from kvjax import CacheError, caches
-from kvjax.caches.base import REWIND
+from kvjax.caches.flags import REWIND
 from kvjax.testing.cases import steps_over
 
 KEPT = prompt_ids(3, 10)[:, :3]  # [10 steps, B], fed in the end

@@ -12,7 +12,7 @@ from models import CAPACITY, FULL, MIXED, PROMPTS, WINDOW, prompt_ids, tiny
 
 import kvjax
 from kvjax import CacheError, InputError, caches, codecs, costs
-from kvjax.caches.base import PREFIX, REWIND
+from kvjax.caches.flags import PREFIX, REWIND
 from kvjax.loops.decode import DONATING
 
 P = 13

@@ -22,20 +22,7 @@ from kvjax.caches.contract import (
     filled_positions,
     views_of,
 )
-from kvjax.caches.flags import (
-    CAPACITY,
-    COUNT,
-    MEANING,
-    NAN,
-    NO_SOURCE,
-    PAGES,
-    POSITIONS,
-    PREFIX,
-    REWIND,
-    ROWS,
-    TOKEN,
-    meaning,
-)
+from kvjax.caches.flags import CAPACITY, PAGES, REWIND, ROWS, meaning
 from kvjax.caches.opened import SOURCE, OpenCache
 from kvjax.checks import is_concrete, whole
 from kvjax.errors import CacheError
@@ -381,17 +368,6 @@ __all__ = [
     "filled_positions",
     "views_of",
     "is_concrete",
-    "CAPACITY",
-    "POSITIONS",
-    "PAGES",
-    "NAN",
-    "TOKEN",
-    "REWIND",
-    "ROWS",
-    "PREFIX",
-    "COUNT",
-    "NO_SOURCE",
     "SOURCE",
     "ask",
-    "MEANING",
 ]

@@ -17,7 +17,8 @@ import numpy as np
 
 from kvjax import struct
 from kvjax.caches import codecs, storage
-from kvjax.caches.base import NO_SOURCE, ROWS, Kind, LayerShape, Project, Shared, filled_positions, views_of
+from kvjax.caches.base import Kind, LayerShape, Project, Shared, filled_positions, views_of
+from kvjax.caches.flags import NO_SOURCE, ROWS
 from kvjax.caches.layer_input import one_factor
 from kvjax.caches.opened import finite
 from kvjax.checks import either, is_concrete
@@ -96,10 +97,10 @@ class Cross(Shared):
     slots: int = struct.static()
     share: int = struct.static()
     kind: Any = struct.static()
-
-    still = True
     width: int = struct.static()
     dtype: Any = struct.static()
+
+    still = True
 
     def views(self, layer: int, project: Project) -> tuple[View, ...]:
         """What a layer attends over; `project.kv` and `project.absorb` are of the source's states."""

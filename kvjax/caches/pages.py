@@ -9,7 +9,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from kvjax import struct
-from kvjax.caches.base import PAGES, Shared, Span
+from kvjax.caches.base import Shared, Span
+from kvjax.caches.flags import PAGES
 from kvjax.ops.attention import EMPTY
 from kvjax.types import Array
 

@@ -13,21 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import struct
-from kvjax.caches.base import (
-    CAPACITY,
-    PREFIX,
-    REWIND,
-    SOURCE,
-    Cache,
-    Kind,
-    LayerShape,
-    Node,
-    Project,
-    Shared,
-    Span,
-    ask,
-)
+from kvjax.caches.base import SOURCE, Cache, Kind, LayerShape, Node, Project, Shared, Span, ask
 from kvjax.caches.dense import dense
+from kvjax.caches.flags import CAPACITY, PREFIX, REWIND
 from kvjax.checks import is_concrete
 from kvjax.errors import CacheError, InputError
 from kvjax.ops.attention import EMPTY, View

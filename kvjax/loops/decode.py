@@ -14,7 +14,8 @@ import numpy as np
 from jax import lax
 
 from kvjax import sampling, struct
-from kvjax.caches.base import NAN, Cache
+from kvjax.caches.base import Cache
+from kvjax.caches.flags import NAN
 from kvjax.checks import bucket, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.feed import feed, finish

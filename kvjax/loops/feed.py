@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from kvjax.caches.base import CAPACITY, COUNT, NAN, POSITIONS, TOKEN, Cache, OpenCache, Span, Tree
+from kvjax.caches.base import Cache, OpenCache, Span, Tree
+from kvjax.caches.flags import CAPACITY, COUNT, NAN, POSITIONS, TOKEN
 from kvjax.config import Config
 from kvjax.errors import InputError
 from kvjax.model import Model

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kvjax.caches.base import REWIND, Cache, OpenCache, Span
+from kvjax.caches.base import Cache, OpenCache, Span
+from kvjax.caches.flags import REWIND
 from kvjax.checks import is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import CacheError, InputError

@@ -239,8 +239,8 @@ class Mutated(Node):
 
 
 @struct.node
-class MutatedShared(Shared):
-    """What layers have in common, broken by a mutant."""
+class Wrapping(Shared):
+    """An entry around another, of which it has everything that it does not say itself."""
 
     inner: Any
     mutant: Mutant = struct.static()
@@ -249,6 +249,11 @@ class MutatedShared(Shared):
         if name.startswith("_") or name == "inner":
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+
+@struct.node
+class MutatedShared(Wrapping):
+    """What layers have in common, broken by a mutant."""
 
     def _ask(self, asked: tuple[Any, Array]) -> tuple[Any, Array]:
         entry, flags = asked
@@ -300,16 +305,8 @@ class MutatedCross(CrossKind):
 
 
 @struct.node
-class MutatedSource(Shared):
+class MutatedSource(Wrapping):
     """What is kept of a source, broken."""
-
-    inner: Any
-    mutant: Mutant = struct.static()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
     def _ask(self, name: str, *arguments: Any) -> tuple[Any, Array]:
         entry, flags = getattr(self.inner, name)(*arguments)

@@ -16,9 +16,10 @@ import numpy as np
 
 from kvjax import sampling
 from kvjax.caches import storage
-from kvjax.caches.base import CAPACITY as FULL_CACHE
-from kvjax.caches.base import POSITIONS, REWIND, SOURCE, Cache
+from kvjax.caches.base import SOURCE, Cache
 from kvjax.caches.codecs import Store
+from kvjax.caches.flags import CAPACITY as FULL_CACHE
+from kvjax.caches.flags import POSITIONS, REWIND
 from kvjax.errors import CacheError
 from kvjax.loops.decode import VALUE, decode, prefill, step
 from kvjax.testing.algorithms import cuts_of, fed_in_chunks, sampled

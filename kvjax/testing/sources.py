@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.caches.base import NO_SOURCE, SOURCE, Cache
+from kvjax.caches.base import SOURCE, Cache
+from kvjax.caches.flags import NO_SOURCE
 from kvjax.caching import encode
 from kvjax.loops.decode import prefill, step
 from kvjax.testing.cases import BATCH, PROMPTS, SOURCES, VOCAB, Case, equal, expect, prompt_ids, source_ids, steps_over
