@@ -32,7 +32,7 @@ from kvjax.timing import Compilations
 
 EXACT = 1e-5
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-"""Programs of other shapes sum float32 in another order: about 1e-6 of logits of about ten; a wrong source moves them by
+"""Programs of other shapes sum float32 in another order: 1e-6 of logits of about ten; a wrong source moves them by
 more than one (`test_what_was_close_is_not_so_with_another_source`)."""
 CROSS = {
     "cross": caches.cross(),
