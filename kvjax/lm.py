@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import sampling
 from kvjax.checkpoint.families import FAMILIES
 from kvjax.checkpoint.fields import Fields, report
 from kvjax.checkpoint.folder import Tensors, read_json, read_json_if_there
@@ -54,6 +55,11 @@ class LM:
         leaves = jax.tree.leaves(self.model.params)
         dtypes = ", ".join(sorted({str(x.dtype) for x in leaves}))
         return f"LM({self.name!r}, {sum(x.size for x in leaves):,} parameters, {dtypes})"
+
+    @property
+    def filters(self) -> tuple[Any, ...]:
+        """Of `kvjax.sampling`, what the folder asks of every text; they come before those of a sampler."""
+        return (sampling.banned(self.never_ids),) if self.never_ids else ()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; see `Tokenizer.encode`."""

@@ -13,7 +13,8 @@ from models import ONE_LAYER, filled, prompt_ids, tiny
 
 import kvjax
 from kvjax import sampling
-from kvjax.loops.decode import VALUE, padded_stops
+from kvjax.loops.decode import VALUE
+from kvjax.stopping import stops_of
 from kvjax.timing import Compilations
 
 
@@ -137,7 +138,7 @@ def traced(model, cache):
     yield jax.make_jaxpr(VALUE.step)(model, cache, rows)
     yield jax.make_jaxpr(lambda *x: VALUE.decode(*x, steps=3))(model, cache, logits, sampler, seeds)
     yield jax.make_jaxpr(lambda *x: VALUE.until(*x, chunk=3))(
-        model, state, sampler, seeds, padded_stops(()), rows, np.int32(1)
+        model, state, sampler, seeds, stops_of("test"), rows, np.int32(1)
     )
 
 

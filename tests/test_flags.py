@@ -231,5 +231,5 @@ def test_under_jit_a_count_below_nothing_is_flagged_and_no_hidden_rewind():
 
 
 def test_every_flag_has_a_meaning_of_its_own():
-    assert len(MEANING) == len(set(MEANING.values())) == 10
+    assert len(MEANING) == len(set(MEANING.values())) == 11
     assert all(bit & (bit - 1) == 0 for bit in MEANING)

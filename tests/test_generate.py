@@ -205,7 +205,7 @@ def test_decode_until_is_the_loop_under_it_and_a_budget_may_be_as_large_as_it_li
     for wrong in ([1, 2], 1.5, np.ones((3, 1), np.int32)):
         with pytest.raises(InputError, match="decode_until: max_new_tokens"):
             kvjax.decode_until(MODEL, cache, logits, max_new_tokens=wrong)
-    with pytest.raises(InputError, match="chunk must be at least 1"):
+    with pytest.raises(InputError, match="chunk must be a whole number of at least 1"):
         kvjax.decode_until(MODEL, cache, logits, max_new_tokens=3, chunk=0)
 
 

@@ -28,7 +28,7 @@ ROOMS = (
     ("transformer",),
     ("model",),
     ("caching",),
-    ("sampling",),
+    ("sampling", "stopping"),
     ("checkpoint", "pieces", "text"),
     ("lm", "persist"),
     ("loops",),

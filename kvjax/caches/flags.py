@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX, COUNT, NO_SOURCE = (1 << i for i in range(10))
+CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX, COUNT, NO_SOURCE, NO_TOKEN = (1 << i for i in range(11))
 
 MEANING = {
     CAPACITY: "tokens past the capacity were dropped",
@@ -17,6 +17,7 @@ MEANING = {
     PREFIX: "it was joined with rows that go on from another prefix",
     COUNT: "it was given a number of tokens below 0 or above the columns",
     NO_SOURCE: "its source is empty, was refused, or holds what the cache cannot keep",
+    NO_TOKEN: "no token may be chosen: all of them are banned",
 }
 
 
@@ -36,6 +37,7 @@ __all__ = [
     "PREFIX",
     "COUNT",
     "NO_SOURCE",
+    "NO_TOKEN",
     "MEANING",
     "meaning",
 ]

@@ -7,13 +7,13 @@ import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kvjax import struct
 from kvjax.loops import decode as loop
 from kvjax.loops.prompts import fed
 from kvjax.model import Model
+from kvjax.sampling.drawing import Filtered
+from kvjax.stopping import Stops
 from kvjax.types import Array
 
 
@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
         text: of the new tokens; None without a tokenizer.
         tokens: the new tokens.
         score: what the algorithm ranks by; larger is better.
-        stop: "eos" or "length".
+        stop: "eos", "stop" or "length", as `Generated.stop`.
     """
 
     text: str | None
@@ -42,7 +42,7 @@ class UnderWay(Protocol):
     def grow(self, capacity: int) -> Any:
         """The same with room for more. Uses itself up."""
 
-    def advance(self, model: Model, stops: np.ndarray, chunks: int) -> Any:
+    def advance(self, model: Model, chunks: int) -> Any:
         """At most `chunks` chunks further, or until all rows are done or one has no room. Uses itself up."""
 
     def count(self) -> tuple[int, int]:
@@ -58,23 +58,30 @@ class UnderWay(Protocol):
         """The cache of `texts()`, and the logits after them."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Wanted:
+    """What every algorithm is asked for.
+
+    Args:
+        limits: `[B]`, tokens that each row may have, prompt included.
+        stops: what ends a row.
+        filters: that belong to the model, in order; they come before those of a sampler.
+    """
+
+    limits: np.ndarray
+    stops: Stops
+    filters: tuple[Any, ...] = ()
+
+
 class Algorithm(Protocol):
-    """What `generate(algorithm=…)` takes: immutable, and hashable."""
+    """What `generate(algorithm=…)` takes: immutable."""
 
-    def begin(
-        self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray, never: np.ndarray | None
-    ) -> UnderWay:
-        """From prefilled prompts.
-
-        Args:
-            progress: with the prompts fed.
-            starts: `[B]`, tokens of each row that were given: the prompt, without what the model forces on every text.
-            limits: `[B]`, tokens that each row may have, prompt included.
-            never: `[n]` int32, ids that are never chosen, -1 for none; None where there are none at all.
-        """
+    def begin(self, progress: loop.Progress, wanted: Wanted) -> UnderWay:
+        """From prefilled prompts; `progress.starts` are the tokens of each row that were given: the prompt, without
+        what the model forces on every text."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Draw:
     """One token after the other, by a sampler: what `generate` does without an algorithm.
 
@@ -86,47 +93,19 @@ class Draw:
     sampler: Any
     seeds: np.ndarray
 
-    def begin(
-        self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray, never: np.ndarray | None
-    ) -> Drawing:
+    def begin(self, progress: loop.Progress, wanted: Wanted) -> Drawing:
         """See `Algorithm`."""
-        sampler = self.sampler if never is None else Barred(jnp.asarray(never), self.sampler)
-        return Drawing(progress, np.asarray(progress.cache.lengths), limits, sampler, self.seeds)
+        sampler = Filtered(wanted.filters, self.sampler) if wanted.filters else self.sampler
+        return Drawing(progress, np.asarray(progress.starts), wanted, sampler, self.seeds)
 
 
-@struct.node
-class Barred(struct.Value):
-    """A sampler that never sees some ids.
-
-    Args:
-        ids: `[n]` int32, -1 for none.
-        sampler: see `kvjax.sampling`.
-    """
-
-    ids: Array
-    sampler: Any
-
-    def __call__(self, logits: Array, keys: Array) -> Array:
-        """See `kvjax.sampling.Sampler`."""
-        return self.sampler(without(self.ids, logits), keys)
-
-
-def without(ids: Array | None, scores: Array) -> Array:
-    """`[..., V]` with -inf at some ids, `[n]` int32, -1 for none."""
-    if ids is None:
-        return scores
-    v = scores.shape[-1]
-    barred = jnp.zeros((v,), bool).at[jnp.where(ids < 0, v, ids)].set(True, mode="drop")
-    return jnp.where(barred.reshape((1,) * (scores.ndim - 1) + (v,)), -jnp.inf, scores)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Drawing:
     """See `UnderWay`."""
 
     progress: loop.Progress
     starts: np.ndarray
-    limits: np.ndarray
+    wanted: Wanted
     sampler: Any
     seeds: np.ndarray
 
@@ -134,18 +113,27 @@ class Drawing:
         """See `UnderWay`."""
         cache = self.progress.cache.check()
         lengths = np.asarray(cache.lengths)
-        return lengths, ~np.asarray(self.progress.stopped) & (lengths < self.limits), cache.capacity
+        return lengths, ~np.asarray(self.progress.stopped) & (lengths < self.wanted.limits), cache.capacity
 
     def grow(self, capacity: int) -> Drawing:
         """See `UnderWay`."""
-        grown = resized(self.progress.cache, capacity=capacity)
-        return dataclasses.replace(self, progress=self.progress.replace(cache=grown))
+        return dataclasses.replace(self, progress=resized(self.progress, capacity=capacity))
 
-    def advance(self, model: Model, stops: np.ndarray, chunks: int) -> Drawing:
+    def advance(self, model: Model, chunks: int) -> Drawing:
         """See `UnderWay`."""
-        count, chunk = np.int32(chunks), loop.CHUNK
-        progress = loop.DONATING.until(
-            model, self.progress, self.sampler, self.seeds, stops, self.limits, count, chunk=chunk
+        return self._run(loop.DONATING, model, chunks)
+
+    def _run(self, programs: loop.Programs, model: Model, chunks: int) -> Drawing:
+        wanted = self.wanted
+        progress = programs.until(
+            model,
+            self.progress,
+            self.sampler,
+            self.seeds,
+            wanted.stops,
+            wanted.limits,
+            np.int32(chunks),
+            chunk=loop.CHUNK,
         )
         return dataclasses.replace(self, progress=progress)
 
@@ -172,4 +160,4 @@ def resized(cache: Any, *, capacity: int) -> Any:
     return cache.resize(capacity)
 
 
-__all__ = ["Candidate", "UnderWay", "Algorithm", "Draw", "Drawing", "without", "resized"]
+__all__ = ["Candidate", "UnderWay", "Wanted", "Algorithm", "Draw", "Drawing", "resized"]

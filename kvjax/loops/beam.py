@@ -22,10 +22,13 @@ from kvjax.caches.base import Cache
 from kvjax.checks import either, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops import decode as loop
-from kvjax.loops.algorithms import resized, without
+from kvjax.loops.algorithms import Wanted, resized
 from kvjax.loops.feed import feed, finish
 from kvjax.loops.prompts import fed, padded
 from kvjax.model import Model
+from kvjax.sampling import Text
+from kvjax.sampling.drawing import filtered, own
+from kvjax.stopping import Stops, stops_of
 from kvjax.types import Array
 
 
@@ -123,7 +126,8 @@ def beam_search(
     beams: Beams,
     *,
     stop_ids: Sequence[int] = (),
-    never_ids: Sequence[int] = (),
+    stop_sequences: Sequence[Sequence[int]] = (),
+    filters: Sequence[Any] = (),
     length_penalty: Any = 1.0,
     early_stopping: Any = False,
     chunk: int = loop.CHUNK,
@@ -139,7 +143,8 @@ def beam_search(
         model: any model.
         beams: from `Beams.begin` or an earlier call; stay usable.
         stop_ids: ids that end a text, itself included.
-        never_ids: ids that no text goes on with; the probabilities of the others stay what they are.
+        stop_sequences: lists of ids that end a text when it has all of one.
+        filters: of `kvjax.sampling`; they see log-probabilities, and what they leave is summed.
         length_penalty: float; a score is the sum of log-probabilities over the number of tokens to this power.
         early_stopping: bool. True: a prompt is done when it has W finished texts. False: when moreover its best
             running beam, were it to end now, would not be among them.
@@ -153,8 +158,9 @@ def beam_search(
     """
     if chunk < 1:
         raise InputError(f"beam_search: chunk must be at least 1, not {chunk}")
-    numbers, never = _numbers(length_penalty, early_stopping), loop.padded_stops(never_ids) if never_ids else None
-    return VALUE(model, beams, *numbers, loop.padded_stops(stop_ids), never, np.int32(loop.ALL), chunk=chunk)
+    numbers, stops = _numbers(length_penalty, early_stopping), stops_of("beam_search", stop_ids, stop_sequences)
+    chosen = tuple(own(each) for each in filters)
+    return VALUE(model, beams, *numbers, stops, chosen, np.int32(loop.ALL), chunk=chunk)
 
 
 def _search(
@@ -162,16 +168,16 @@ def _search(
     beams: Beams,
     penalty: Array,
     early: Array,
-    stops: Array,
-    never: Array | None,
+    stops: Stops,
+    filters: tuple[Any, ...],
     chunks: Array,
     chunk: int,
 ) -> Beams:
-    # stops [n] are different ids, never [n] any, -1 for none; at most `chunks` scans of `chunk` steps
+    # at most `chunks` scans of `chunk` steps
     room = beams.cache.capacity
 
     def one(beams: Beams, _: None) -> tuple[Beams, None]:
-        return _step(model, beams, penalty, early, stops, never), None
+        return _step(model, beams, penalty, early, stops, filters), None
 
     def more(carry: tuple[Array, Beams]) -> Array:
         wants = ~carry[1].done
@@ -183,31 +189,30 @@ def _search(
     return lax.while_loop(more, run, (jnp.zeros((), jnp.int32), beams))[1]
 
 
-def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Array, never: Array | None) -> Beams:
+def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Stops, filters: tuple[Any, ...]) -> Beams:
     cache, (b, w) = beams.cache, beams.running.shape
     v, minus = beams.logits.shape[-1], jnp.asarray(-jnp.inf, beams.running.dtype)
     rests = beams.done | (beams.reached >= cache.capacity)
     count = beams.reached - beams.starts + 1  # [B], new tokens with this one
     last = beams.reached + 1 >= beams.limits
-    each = without(never, jax.nn.log_softmax(beams.logits.astype(minus.dtype), axis=-1))
+    starts, limits = (jnp.repeat(x, w) for x in (beams.starts, beams.limits))
+    text = Text(cache.tokens, cache.lengths, starts, limits, stops.ids, copies=w)
+    each = filtered(filters, jax.nn.log_softmax(beams.logits.astype(minus.dtype), axis=-1), text)
     total = each.reshape(b, w, v) + beams.running[:, :, None]
 
-    # The W best that go on, and all that end: between them are the W best of all.
-    ids = jnp.where(stops < 0, v, stops)
-    ends = jnp.zeros((v,), bool).at[ids].set(True, mode="drop")
-    going, at = lax.top_k(jnp.where(ends[None, None, :], minus, total).reshape(b, w * v), w)
-    ending = jnp.take(total, ids, axis=2, mode="fill", fill_value=-jnp.inf)  # [B, W, n]
-    every = jnp.concatenate([going, ending.reshape(b, -1)], axis=1)
-    n = ids.shape[0]
-    tokens = jnp.concatenate([at % v, jnp.broadcast_to(jnp.tile(ids, w)[None, :], (b, w * n))], axis=1)
-    parents = jnp.concatenate([at // v, jnp.broadcast_to(jnp.repeat(jnp.arange(w), n)[None, :], (b, w * n))], axis=1)
+    # The W best that go on, and the W best that end: between them are the W best of all.
+    ends = stops.ends(text, v).reshape(b, w, v)
+    going, at = lax.top_k(jnp.where(ends, minus, total).reshape(b, w * v), w)
+    ending, last_at = lax.top_k(jnp.where(ends, total, minus).reshape(b, w * v), w)
+    every, places = (jnp.concatenate(pair, axis=1) for pair in ((going, ending), (at, last_at)))
     best, which = lax.top_k(every, w)
     ended = ((which >= w) | last[:, None]) & ~rests[:, None]
     new = jnp.where(ended, best / count.astype(minus.dtype)[:, None] ** penalty.astype(minus.dtype), minus)
 
     # The W best of the old and the new finished texts.
     scores, kept = lax.top_k(jnp.concatenate([beams.scores, new], axis=1), w)
-    parent, token = (jnp.take_along_axis(x, which, axis=1) for x in (parents, tokens))
+    places = jnp.take_along_axis(places, which, axis=1)
+    parent, token = places // v, (places % v).astype(jnp.int32)
     texts = jnp.take_along_axis(cache.tokens.reshape(b, w, -1), parent[:, :, None], axis=1)
     slots = jnp.arange(cache.capacity, dtype=jnp.int32)[None, None, :]
     texts = jnp.where(slots == beams.reached[:, None, None], token[:, :, None], texts)
@@ -274,13 +279,12 @@ class Beam:
     early_stopping: bool
     returned: int
 
-    def begin(
-        self, progress: loop.Progress, starts: np.ndarray, limits: np.ndarray, never: np.ndarray | None
-    ) -> Searching:
+    def begin(self, progress: loop.Progress, wanted: Wanted) -> Searching:
         """See `Algorithm`."""
-        done = np.asarray(progress.stopped) | (np.asarray(progress.cache.lengths) >= limits)
-        beams = _begun(progress.cache, progress.logits, starts, limits, done, width=self.width)
-        return Searching(progress, beams, self, never)
+        done = np.asarray(progress.stopped) | (np.asarray(progress.cache.lengths) >= wanted.limits)
+        starts = progress.starts
+        beams = _begun(progress.cache, progress.logits, starts, wanted.limits, done, width=self.width)
+        return Searching(progress, beams, self, wanted)
 
 
 def beam(width: int, *, length_penalty: float = 1.0, early_stopping: bool = False, returned: int = 1) -> Beam:
@@ -309,7 +313,7 @@ def beam(width: int, *, length_penalty: float = 1.0, early_stopping: bool = Fals
     return Beam(width, float(length_penalty), either("beam: early_stopping", early_stopping), returned)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Searching:
     """See `UnderWay`.
 
@@ -317,13 +321,13 @@ class Searching:
         first: the prompts, prefilled once, before they were forked.
         beams: where the search stands.
         beam: its numbers.
-        never: see `Algorithm.begin`.
+        wanted: see `Algorithm.begin`.
     """
 
     first: loop.Progress
     beams: Beams
     beam: Beam
-    never: np.ndarray | None
+    wanted: Wanted
 
     def look(self) -> tuple[np.ndarray, np.ndarray, int]:
         """See `UnderWay`."""
@@ -338,10 +342,10 @@ class Searching:
         """See `UnderWay`."""
         return dataclasses.replace(self, beams=resized(self.beams, capacity=capacity))
 
-    def advance(self, model: Model, stops: np.ndarray, chunks: int) -> Searching:
+    def advance(self, model: Model, chunks: int) -> Searching:
         """See `UnderWay`."""
-        numbers = _numbers(self.beam.length_penalty, self.beam.early_stopping)
-        beams = DONATING(model, self.beams, *numbers, stops, self.never, np.int32(chunks), chunk=loop.CHUNK)
+        numbers, wanted = _numbers(self.beam.length_penalty, self.beam.early_stopping), self.wanted
+        beams = DONATING(model, self.beams, *numbers, wanted.stops, wanted.filters, np.int32(chunks), chunk=loop.CHUNK)
         return dataclasses.replace(self, beams=beams)
 
     def count(self) -> tuple[int, int]:

@@ -15,11 +15,14 @@ from jax import lax
 
 from kvjax import sampling, struct
 from kvjax.caches.base import Cache
-from kvjax.caches.flags import NAN
+from kvjax.caches.flags import NAN, NO_TOKEN
 from kvjax.checks import bucket, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.feed import feed, finish
+from kvjax.loops.noted import Noted
 from kvjax.model import Model, check_ids, check_valid
+from kvjax.sampling import Text
+from kvjax.stopping import Stops, stops_of
 from kvjax.types import Array
 
 CHUNK = 16
@@ -42,23 +45,33 @@ def flag_nan(cache: Cache, logits: Array) -> Cache:
     return cache.replace(flags=cache.flags | jnp.where(jnp.any(jnp.isnan(logits), axis=1), NAN, 0).astype(jnp.int32))
 
 
+def flag_none(cache: Cache, tokens: Array) -> Cache:
+    """Rows for which a sampler found no token are flagged; the token is -1, and is not fed."""
+    return cache.replace(flags=cache.flags | jnp.where(tokens < 0, NO_TOKEN, 0).astype(jnp.int32))
+
+
 def _step(model: Model, cache: Cache, tokens: Array) -> tuple[Array, Cache]:
-    valid = jnp.ones_like(tokens)
+    return _one(model, cache, tokens, jnp.ones_like(tokens))
+
+
+def _one(model: Model, cache: Cache, tokens: Array, valid: Array) -> tuple[Array, Cache]:
     x, cache = feed(model, cache, tokens[:, None], valid)
     logits, cache = finish(model, cache, x, valid)
     return logits[:, 0], cache
 
 
 def _decode(
-    model: Model, cache: Cache, logits: Array, sampler: Any, seeds: Array, steps: int
+    model: Model, cache: Cache, logits: Array, sampler: Any, seeds: Array, starts: Array | None = None, *, steps: int
 ) -> tuple[Array, Array, Cache]:
     keys = sampling.row_keys(seeds)
     cache = flag_nan(cache, logits)
+    starts, limits, stops = cache.lengths if starts is None else starts, cache.lengths + steps, jnp.zeros(0, jnp.int32)
 
     def one(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], Array]:
         logits, cache = carry
-        tokens = sampler(logits, sampling.position_keys(keys, cache.lengths))
-        return _step(model, cache, tokens), tokens
+        text = Text(cache.tokens, cache.lengths, starts, limits, stops)
+        tokens = sampler(logits, sampling.position_keys(keys, cache.lengths), text)
+        return _one(model, flag_none(cache, tokens), tokens, (tokens >= 0).astype(jnp.int32)), tokens
 
     (logits, cache), tokens = lax.scan(one, (logits, cache), None, length=steps)
     return tokens.T, logits, cache
@@ -66,46 +79,66 @@ def _decode(
 
 @struct.node
 class Progress(struct.Value):
-    """Where a loop that stops stands. What a row emitted is what was fed: `cache.tokens[row, prompt:length]`.
+    """Where a loop that stops stands. What a row emitted is what was fed: `cache.tokens[row, start:length]`.
 
     Args:
         cache: with all emitted tokens fed.
         logits: `[B, V]`, for the next token of each row.
-        stopped: `[B]` bool, rows that emitted one of the stop ids.
+        stopped: `[B]` bool, rows that emitted what stops them.
         wasted: int32, steps that no row needed: a chunk runs to its end.
+        starts: `[B]` int32, tokens of each row that were given: new ones begin there; None: all before the loop.
+        noted: log-probabilities of the new tokens, or None where nobody asked.
+        copies: rows next to each other that are of one prompt.
     """
 
     cache: Cache
     logits: Array
     stopped: Array
     wasted: Array
+    starts: Array | None = None
+    noted: Noted | None = None
+    copies: int = struct.static(default=1)
+
+    @classmethod
+    def begin(cls, cache: Cache, logits: Array, **more: Any) -> Progress:
+        """After a prefill, with nothing new."""
+        return cls(cache, logits, jnp.zeros((cache.batch,), bool), jnp.zeros((), jnp.int32), **more)
 
     def done(self, limits: Array) -> Array:
         """`[B]` bool, rows that want no more: stopped, at their limit, or flagged."""
         return self.stopped | (self.cache.lengths >= limits) | (self.cache.flags != 0)
 
+    def resize(self, capacity: int) -> Progress:
+        """The same with room for `capacity` tokens a row."""
+        noted = None if self.noted is None else self.noted.resize(capacity)
+        return self.replace(cache=self.cache.resize(capacity), noted=noted)
+
 
 def _decode_until(
-    model: Model, state: Progress, sampler: Any, seeds: Array, stops: Array, limits: Array, chunks: Array, chunk: int
+    model: Model, state: Progress, sampler: Any, seeds: Array, stops: Stops, limits: Array, chunks: Array, chunk: int
 ) -> Progress:
-    # limits [B] are absolute lengths; stops [n] are ids, -1 for none; at most `chunks` scans of `chunk` steps
+    # limits [B] are absolute lengths; at most `chunks` scans of `chunk` steps
     keys = sampling.row_keys(seeds)
     room = state.cache.capacity
-    state = state.replace(cache=flag_nan(state.cache, state.logits))
+    starts = state.cache.lengths if state.starts is None else state.starts
+    state = state.replace(cache=flag_nan(state.cache, state.logits), starts=starts)
 
     def one(state: Progress, _: None) -> tuple[Progress, None]:
-        cache = state.cache
+        cache, noted = state.cache, state.noted
         rests = state.done(limits) | (cache.lengths >= room)
-        tokens = sampler(state.logits, sampling.position_keys(keys, cache.lengths))
-        valid = jnp.where(rests, 0, 1).astype(jnp.int32)
-        x, cache = feed(model, cache, tokens[:, None], valid)
-        logits, cache = finish(model, cache, x, valid)
-        stops_here = jnp.any(tokens[:, None] == stops[None, :], axis=1)
-        return Progress(
-            cache,
-            jnp.where(rests[:, None], state.logits, logits[:, 0]),
-            jnp.where(rests, state.stopped, stops_here),
-            state.wasted + jnp.all(rests).astype(jnp.int32),
+        text = Text(cache.tokens, cache.lengths, starts, limits, stops.ids, copies=state.copies)
+        tokens = sampler(state.logits, sampling.position_keys(keys, cache.lengths), text)
+        tokens = jnp.where(rests, 0, tokens)
+        rests = rests | (tokens < 0)
+        if noted is not None:
+            noted = noted.note(state.logits, tokens, jnp.where(rests, room, cache.lengths))
+        logits, cache = _one(model, flag_none(cache, tokens), tokens, jnp.where(rests, 0, 1).astype(jnp.int32))
+        return state.replace(
+            cache=cache,
+            logits=jnp.where(rests[:, None], state.logits, logits),
+            stopped=jnp.where(rests, state.stopped, stops.hit(text, tokens)),
+            wasted=state.wasted + jnp.all(rests).astype(jnp.int32),
+            noted=noted,
         ), None
 
     def more(carry: tuple[Array, Progress]) -> Array:
@@ -196,6 +229,7 @@ def decode(
     steps: int,
     sampler: Any = None,
     seed: Any = 0,
+    starts: Any = None,
     _run: Programs = VALUE,
 ) -> tuple[Array, Array, Cache]:
     """A fixed number of steps in one `lax.scan`: each samples a token a row and feeds it.
@@ -207,9 +241,11 @@ def decode(
         steps: static.
         sampler: see `kvjax.sampling`; None is greedy.
         seed: int, or one int a row; a seed samples the same alone and in any row.
+        starts: `[B]` int32, tokens of each row that were given, for filters that count new ones; None: all so far.
 
     Returns:
-        Tokens `[B, steps]`, logits `[B, V]` for the next token, and the cache.
+        Tokens `[B, steps]`, -1 where no token may be chosen (the row is flagged), logits `[B, V]` for the next token, and
+        the cache.
 
     Raises:
         InputError: shapes are wrong.
@@ -217,8 +253,8 @@ def decode(
     check_logits("decode", cache, logits)
     if steps < 1:
         raise InputError(f"decode: steps must be at least 1, not {steps}")
-    chosen = sampling.checked(sampler)
-    return _run.decode(model, cache, logits, chosen, seeds_of(seed, cache.batch), steps=steps)
+    chosen, starts = sampling.checked(sampler), _starts("decode", cache, starts)
+    return _run.decode(model, cache, logits, chosen, seeds_of(seed, cache.batch), starts, steps=steps)
 
 
 def decode_until(
@@ -228,12 +264,15 @@ def decode_until(
     *,
     max_new_tokens: Any,
     stop_ids: Sequence[int] = (),
+    stop_sequences: Sequence[Sequence[int]] = (),
     sampler: Any = None,
     seed: Any = 0,
+    starts: Any = None,
+    logprobs: int | None = None,
     chunk: int = CHUNK,
     _run: Programs = VALUE,
 ) -> Progress:
-    """Samples and feeds until every row has emitted a stop id or spent its budget, all on the device.
+    """Samples and feeds until every row has emitted what stops it or spent its budget, all on the device.
 
     Scans of `chunk` steps inside a `while_loop`: a scan cannot stop, so steps that no row needed are counted. It also
     ends when a row has no room left: `resize` the cache and go on.
@@ -244,8 +283,12 @@ def decode_until(
         logits: `[B, V]`, for the first token.
         max_new_tokens: int, or one int32 a row.
         stop_ids: ids that end a row; the id itself is emitted and fed.
+        stop_sequences: lists of ids that end a row when it has emitted all of one.
         sampler: see `kvjax.sampling`; None is greedy.
         seed: int, or one int a row.
+        starts: `[B]` int32, tokens of each row that were given, for filters and sequences; None: all so far.
+        logprobs: static; log-probabilities of so many of the most probable tokens, and of those chosen, are noted at
+            their positions in `Progress.noted`; None notes nothing.
         chunk: static, steps between two looks at whether all rows are done.
 
     Returns:
@@ -255,23 +298,24 @@ def decode_until(
         InputError: shapes or dtypes are wrong.
     """
     check_logits("decode_until", cache, logits)
-    if chunk < 1:
-        raise InputError(f"decode_until: chunk must be at least 1, not {chunk}")
+    for name, value, least in (("chunk", chunk, 1), ("logprobs", 0 if logprobs is None else logprobs, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"decode_until: {name} must be a whole number of at least {least}, not {value!r}")
     budget = jnp.asarray(whole("decode_until: max_new_tokens", max_new_tokens, ((), (cache.batch,))))
     most = jnp.iinfo(jnp.int32).max - cache.lengths  # "no limit" must not wrap around
     limits = cache.lengths + jnp.minimum(budget.astype(jnp.int32), most)
-    state = Progress(cache, logits, jnp.zeros((cache.batch,), bool), jnp.zeros((), jnp.int32))
+    starts = _starts("decode_until", cache, starts)
+    noted = None if logprobs is None else Noted.empty(cache.batch, cache.capacity, logprobs, logits)
+    state = Progress.begin(cache, logits, starts=starts, noted=noted)
     chosen = sampling.checked(sampler)
-    seeds, stops = seeds_of(seed, cache.batch), padded_stops(stop_ids)
+    seeds, stops = seeds_of(seed, cache.batch), stops_of("decode_until", stop_ids, stop_sequences)
     return _run.until(model, state, chosen, seeds, stops, limits, np.int32(ALL), chunk=chunk)
 
 
-def padded_stops(ids: Sequence[int]) -> np.ndarray:
-    """`[n]` int32, each once, n a bucket of at least 8, so that another number compiles nothing; -1 is no id."""
-    given = np.unique(whole("stop_ids", list(ids), ((len(ids),),))) if len(ids) else np.zeros((0,), np.int32)
-    stops = np.full((bucket(max(len(given), 1), 8),), -1, np.int32)
-    stops[: len(given)] = given
-    return stops
+def _starts(name: str, cache: Cache, starts: Any) -> Array | None:
+    if starts is None:
+        return None
+    return jnp.asarray(whole(f"{name}: starts", starts, ((cache.batch,),)))
 
 
 def seeds_of(seed: Any, batch: int) -> Array:

@@ -21,9 +21,10 @@ from kvjax.config import Config
 from kvjax.errors import InputError
 from kvjax.lm import LM
 from kvjax.loops import decode as loop
-from kvjax.loops.algorithms import Algorithm, Candidate, Draw, UnderWay
+from kvjax.loops.algorithms import Algorithm, Candidate, Draw, UnderWay, Wanted
 from kvjax.loops.prompts import BUDGET, beyond, encode, fed, limits_of, model_of, padded, targets_of
 from kvjax.model import Model
+from kvjax.stopping import stops_of
 from kvjax.timing import Compilations
 from kvjax.types import Array
 
@@ -239,10 +240,11 @@ class Run:
                 # The loop donates what it is given; the caller keeps its own.
                 cache, logits = _copy((after.cache, after.logits))
                 progress = loop.Progress(cache, logits, stopped, np.int32(0))  # type: ignore[arg-type]
+            progress = progress.replace(starts=starts)
             jax.block_until_ready(progress)
             progress.cache.check()
-            never = getattr(lm, "never_ids", ())
-            state = chosen.begin(progress, starts, limits, loop.padded_stops(never) if never else None)
+            wanted = Wanted(limits, stops_of("generate", stops), getattr(lm, "filters", ()))
+            state = chosen.begin(progress, wanted)
         spent = time.perf_counter() - began - made.seconds
         timings = Timings(compile=made.seconds, prefill=max(spent, 0.0), programs=made.count)
         return cls(lm, state, ids, sampler, seeds, stops, stopped, timings)
@@ -251,7 +253,6 @@ class Run:
         """Goes on, `chunks` times 16 steps between two looks, until all rows are done. Earlier runs are used up."""
         run = self
         model = model_of(self.lm)
-        stops = loop.padded_stops(self.stop_ids)
         lengths, wants, capacity = run.state.look()
         while wants.any():
             began = time.perf_counter()
@@ -259,7 +260,7 @@ class Run:
                 state = run.state
                 if (wants & (lengths >= capacity)).any():
                     state = state.grow(2 * capacity)
-                state = state.advance(model, stops, chunks)
+                state = state.advance(model, chunks)
                 lengths, wants, capacity = state.look()
             old = run.timings
             steps, wasted = state.count()

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,10 +62,8 @@ class Sampled(Greedy):
 
     def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
         """See `Algorithm`."""
-        for each in self.sampler.filters:
-            logits = each(logits)
         keys = sampling.position_keys(sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), jnp.full(len(seeds), length))
-        return logits + jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+        return self.sampler.scores(logits, keys)
 
 
 def greedy(steps: int = 64, *, scan: bool = True) -> Greedy:

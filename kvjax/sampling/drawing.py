@@ -1,0 +1,157 @@
+"""How a token is chosen of filtered logits: the largest, or a draw; and the random keys of rows and positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvjax import struct
+from kvjax.errors import InputError
+from kvjax.sampling.contract import Text
+from kvjax.types import Array
+
+
+@struct.node
+class Greedy(struct.Value):
+    """Filters in order, then the first of the largest logits.
+
+    Args:
+        filters: see `Filter`.
+    """
+
+    filters: tuple[Any, ...] = ()
+
+    def __call__(self, logits: Array, keys: Array, text: Text | None = None) -> Array:
+        """See `Sampler`."""
+        return chosen(self.scores(logits, keys, text))
+
+    def scores(self, logits: Array, keys: Array, text: Text | None = None) -> Array:
+        """`[B, V]`, of which the largest is chosen."""
+        return filtered(self.filters, logits, text)
+
+
+@struct.node
+class Chain(struct.Value):
+    """Filters in order, then a draw from the softmax of what is left.
+
+    Args:
+        filters: see `Filter`.
+    """
+
+    filters: tuple[Any, ...]
+
+    def __call__(self, logits: Array, keys: Array, text: Text | None = None) -> Array:
+        """See `Sampler`."""
+        return chosen(self.scores(logits, keys, text))
+
+    def scores(self, logits: Array, keys: Array, text: Text | None = None) -> Array:
+        """`[B, V]`, of which the largest is chosen: the filtered logits with the noise of a draw."""
+        logits = filtered(self.filters, logits, text)
+        # Gumbel-max (Maddison et al. 2014, 1411.0030), one key a row: a row's draw does not see its neighbours.
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+        return jnp.where(jnp.isneginf(logits), -jnp.inf, logits + noise)
+
+
+@struct.node
+class Filtered(struct.Value):
+    """A sampler of any kind after some filters: those that belong to a model.
+
+    Args:
+        filters: see `Filter`.
+        sampler: sees what they leave.
+    """
+
+    filters: tuple[Any, ...]
+    sampler: Any
+
+    def __call__(self, logits: Array, keys: Array, text: Text | None = None) -> Array:
+        """See `Sampler`."""
+        return self.sampler(filtered(self.filters, logits, text), keys, text)
+
+
+def filtered(filters: tuple[Any, ...], logits: Array, text: Text | None) -> Array:
+    """`[B, V]`, after all filters in order."""
+    for each in filters:
+        logits = each(logits, text)
+    return logits
+
+
+def greedy(*filters: Any) -> Greedy:
+    """The most probable token, after filters if there are any: `greedy(repetition_penalty(1.2))`."""
+    return Greedy(tuple(own(each) for each in filters))
+
+
+def chain(*filters: Any) -> Chain:
+    """Filters in order, then a draw: `chain(temperature(0.8), top_p(0.95))`; `chain()` samples the model as it is.
+
+    A filter of one's own is a module-level function `(logits, text) -> logits`, or a `jax.tree_util.Partial` of one
+    with arrays; a closure over arrays would bake them into the program.
+    """
+    return Chain(tuple(own(each) for each in filters))
+
+
+def own(each: Any) -> Any:
+    """A filter as a pytree.
+
+    Raises:
+        InputError: a sampler, or nothing that can be called.
+    """
+    if not isinstance(each, Greedy | Chain | Filtered) and callable(each):
+        return jax.tree_util.Partial(each) if jax.tree_util.all_leaves([each]) else each
+    raise InputError(f"sampling: {each!r} is no filter, such as sampling.temperature(0.8)")
+
+
+def checked(sampler: Any) -> Any:
+    """A sampler as a pytree, greedy for None; a function of one's own `(logits, keys, text) -> tokens` as it is.
+
+    Raises:
+        InputError: a filter alone, or something that cannot be called.
+    """
+    if sampler is None:
+        return Greedy()
+    if not callable(sampler):
+        raise InputError(f"sampler: {sampler!r} cannot be called; give one such as sampling.greedy()")
+    if type(sampler).__module__.startswith(__package__) and not isinstance(sampler, Greedy | Chain | Filtered):
+        raise InputError(f"sampler: {type(sampler).__name__} is a filter; wrap it, as in sampling.chain(…)")
+    return jax.tree_util.Partial(sampler) if jax.tree_util.all_leaves([sampler]) else sampler
+
+
+def largest(logits: Array) -> Array:
+    """`[B]` int32, index of the first of the largest of `logits[B, V]`; faster on CPU than `argmax`. 0 on NaN."""
+    v = logits.shape[1]
+    index = jnp.arange(v, dtype=jnp.int32)[None, :]
+    found = jnp.min(jnp.where(logits == jnp.max(logits, axis=1, keepdims=True), index, v), axis=1)
+    return jnp.where(found < v, found, 0)
+
+
+def chosen(scores: Array) -> Array:
+    """`[B]` int32, as `largest`, and -1 where all of `scores[B, V]` are -inf."""
+    return jnp.where(jnp.all(jnp.isneginf(scores), axis=1), -1, largest(scores))
+
+
+def row_keys(seeds: Array) -> Array:
+    """`[B]` random keys from `[B]` uint32 seeds: a seed means the same in any row of any batch."""
+    return jax.vmap(jax.random.key)(seeds)
+
+
+def position_keys(keys: Array, positions: Array) -> Array:
+    """`[B]` keys for the tokens at `positions[B]`: `fold_in(row_key, absolute position)`."""
+    return jax.vmap(jax.random.fold_in)(keys, positions)
+
+
+__all__ = [
+    "Greedy",
+    "Chain",
+    "Filtered",
+    "filtered",
+    "greedy",
+    "chain",
+    "own",
+    "checked",
+    "largest",
+    "chosen",
+    "row_keys",
+    "position_keys",
+]
