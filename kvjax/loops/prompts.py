@@ -150,13 +150,15 @@ def stop_at_of(lm: LM | Model, stop: Any) -> tuple[str | tuple[int, ...], ...]:
     """
     if stop is None:
         return ()
-    whole = (int, np.integer)
-    one = isinstance(stop, str) or (np.size(stop) > 0 and all(isinstance(x, whole) for x in stop))
+    lists = (list, tuple, np.ndarray)
+    every = list(stop) if isinstance(stop, lists) else [stop]
+    if isinstance(stop, lists) and every and not any(isinstance(each, (str, *lists)) for each in every):
+        every = [every]  # one sequence
     found: list[str | tuple[int, ...]] = []
-    for i, each in enumerate([stop] if one else stop):
+    for i, each in enumerate(every):
         if isinstance(each, str):
             _with_tokenizer(lm, f"stop {i}")
-        elif not np.ndim(each) == 1 or not np.issubdtype(np.asarray(each).dtype, np.integer):
+        elif not isinstance(each, lists):
             raise InputError(f"generate: stop {i} must be a str or a list of ids, not {each!r}")
         if not len(each):
             raise InputError(f"generate: stop {i} is empty")
