@@ -13,7 +13,8 @@ from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
 from kvjax.loops.beam import Beams, beam, beam_search
 from kvjax.loops.decode import decode, decode_until, prefill, step
-from kvjax.loops.host import Generated, generate
+from kvjax.loops.generated import Generated
+from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
 from kvjax.loops.scores import Scored, Scores, score
 from kvjax.loops.scoring import Likelihood, loglikelihood
@@ -74,5 +75,6 @@ __all__ = [
     "save_cache",
     "score",
     "step",
+    "stream",
     "testing",
 ]
