@@ -20,7 +20,7 @@ from kvjax.checks import bucket
 from kvjax.errors import CacheError, InputError
 from kvjax.lm import LM
 from kvjax.loops import decode as loop
-from kvjax.loops.prompts import encode, model_of, padded, targets_of
+from kvjax.loops.prompts import encode, ids_of, model_of, padded, targets_of, with_tokenizer
 from kvjax.loops.scoring import CHUNK, Likelihood, scored
 from kvjax.model import Model
 from kvjax.types import Array
@@ -129,7 +129,7 @@ def score(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"score: {name} must be a whole number of at least {least}, not {value!r}")
     given = [prompts] if isinstance(prompts, str) else list(prompts)
-    ids = encode(lm, given)
+    ids = encode(lm, given, "score")
     sources = None if model.encode is None else ids
     begun = ids if sources is None else targets_of(lm, None, len(ids))
     asked = [continuations] if isinstance(prompts, str) else list(continuations)
@@ -143,7 +143,7 @@ def score(
         rows.append([None] * len(entry if several else [entry]))
         text = given[row] if isinstance(given[row], str) and sources is None else None
         for k, each in enumerate(entry if several else [entry]):
-            wanted.append((row, _ids(lm, f"continuation {k} of prompt {row}", text, begun[row], each)))
+            wanted.append((row, _new(lm, f"continuation {k} of prompt {row}", text, begun[row], each)))
             places.append(k)
     names = [f"continuation {k} of prompt {row}" for (row, _), k in zip(wanted, places, strict=True)]
     every = likelihoods(
@@ -169,13 +169,11 @@ def score(
     return Scores(rows)
 
 
-def _ids(lm: LM | Model, name: str, prompt: str | None, begun: list[int], given: Any) -> list[int]:
+def _new(lm: LM | Model, name: str, prompt: str | None, begun: list[int], given: Any) -> list[int]:
     """Ids of a continuation; `prompt` is its text where both are cut together."""
     model = model_of(lm)
     if isinstance(given, str):
-        if not isinstance(lm, LM):
-            raise InputError(f"score: {name} is text, but a bare Model has no tokenizer; give ids")
-        tokenizer = lm.text_tokenizer()
+        tokenizer = with_tokenizer(lm, name, "score")
         if prompt is None:
             given = (tokenizer.encode_bare if model.encode is None else tokenizer.encode_target)(given)
         else:
@@ -188,16 +186,9 @@ def _ids(lm: LM | Model, name: str, prompt: str | None, begun: list[int], given:
                     f"them (a space belongs to the continuation), or give ids"
                 )
             given = whole[len(begun) :]
-    new = np.asarray(given)
-    if not new.size:
+    if not np.size(given):
         raise InputError(f"score: {name} is empty; give at least one token")
-    if new.ndim != 1 or not np.issubdtype(new.dtype, np.integer):
-        raise InputError(f"score: {name} must be text or a list of ids, not {new.dtype}{list(new.shape)}")
-    vocab = model.vocab_size or 2**31
-    if new.min() < 0 or new.max() >= vocab:
-        bad = int(new.min() if new.min() < 0 else new.max())
-        raise InputError(f"score: {name} has id {bad}, the vocabulary has {vocab} ids")
-    return new.astype(np.int64).tolist()
+    return ids_of(name, given, model.vocab_size, "score")
 
 
 def likelihoods(

@@ -115,7 +115,7 @@ def perplexity(
     model = model_of(lm)
     if model.encode is not None:
         raise InputError("perplexity: is of models without an encoder; kvjax.score gives likelihoods of targets")
-    (ids,) = encode(lm, [text])
+    (ids,) = encode(lm, [text], "perplexity")
     limit = model.max_positions
     window = min(WINDOW, limit or WINDOW) if window is None else window
     if not isinstance(window, int) or isinstance(window, bool) or not 1 <= window <= (limit or window):
