@@ -63,34 +63,40 @@ class Template:
             InputError: there is no template, messages are none, or the template refuses them or fails.
             CheckpointError: the template is no jinja2, or the library is not installed.
         """
-        if self.text is None:
-            raise InputError(f"{self.where}: has no chat template")
-        given = _checked(messages)
-        made, size = [], 0
+        template, made, size = self.check(), [], 0
+        values = {
+            **self.tokens,
+            "messages": _checked(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+            "strftime_now": (datetime.now() if now is None else now).strftime,
+        }
         try:
-            pieces = _compiled(self.text).generate(
-                {
-                    **self.tokens,
-                    "messages": given,
-                    "tools": None,
-                    "documents": None,
-                    "add_generation_prompt": generation_prompt,
-                    "strftime_now": (datetime.now() if now is None else now).strftime,
-                }
-            )
-            for piece in pieces:
+            for piece in template.generate(values):
                 made.append(piece)
                 size += len(piece)
                 if size > LONGEST:
                     raise InputError(f"the text has more than {LONGEST:,} characters")
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.where}: {error}") from error
         except InputError as error:
             raise InputError(f"{self.where}: the chat template cannot take these messages: {error}") from error
         except Exception as error:  # whatever a stranger's program comes to
             reason = f"{type(error).__name__}: {_one_line(error)}"
             raise InputError(f"{self.where}: the chat template failed: {reason}") from error
         return "".join(made)
+
+    def check(self) -> Any:
+        """The template, compiled.
+
+        Raises:
+            InputError, CheckpointError: as `render`.
+        """
+        if self.text is None:
+            raise InputError(f"{self.where}: has no chat template")
+        try:
+            return _compiled(self.text)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {error}") from error
 
 
 def read_template(folder: Path) -> Template:
