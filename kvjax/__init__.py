@@ -14,7 +14,8 @@ from kvjax.lm import LM, load
 from kvjax.loops.beam import Beams, beam, beam_search
 from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
-from kvjax.loops.host import Generated, generate
+from kvjax.loops.generated import Generated
+from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
 from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
@@ -66,5 +67,6 @@ __all__ = [
     "sampling",
     "save_cache",
     "step",
+    "stream",
     "testing",
 ]
