@@ -13,8 +13,8 @@ import numpy as np
 from kvjax import sampling
 from kvjax.errors import CacheError, InputError
 from kvjax.lm import LM
-from kvjax.loops.decode import bucket, prefill
-from kvjax.loops.host import AHEAD, Generated, Run, Timings, generate
+from kvjax.loops.generated import Generated, Timings
+from kvjax.loops.host import generate, stream
 from kvjax.loops.prompts import BUDGET, fed
 from kvjax.templates import Template
 
@@ -32,7 +32,7 @@ class Turn:
         seed: of the reply.
         prompt: ids of the whole conversation up to the reply.
         new: ids of the reply.
-        stop: "eos", "length" of a reply that was cut off, or "stopped" of one that its reader ended.
+        stop: as in `Generated`; "stopped" of a reply that its reader ended.
         reused: tokens of the prompt that were in a cache.
         timings: of the reply, and of what was fed before it.
     """
@@ -75,6 +75,7 @@ class Conversation:
         seed: of every reply but those that are retried.
         plan: kind of cache; None is `caches.default`.
         max_new_tokens: of a reply, at most, where the model's positions leave that room; None is 128.
+        stop: what else ends a reply, as for `generate`.
         template: None is that of `lm`.
         keep: caches kept at most, where one does not do; each has its own memory.
         turns: so far.
@@ -92,6 +93,7 @@ class Conversation:
     seed: int = 0
     plan: Any = None
     max_new_tokens: int | None = None
+    stop: Any = ()
     template: Template | None = None
     keep: int = 8
     turns: tuple[Turn, ...] = ()
@@ -237,17 +239,18 @@ class Reply:
         self._prompt = talk.prompt(text)
         budget = self._budget()
         base, self.reused = talk.nearest(self._prompt)
-        self._given = _fed(talk, self._prompt, base, self.reused)
-        self._run = Run.start(
-            talk.lm,
-            None,
-            after=self._given,
-            max_new_tokens=budget,
-            sampler=talk.sampler,
-            seed=seed,
-            plan=None,
-            stop_ids=talk.stop_ids,
-        )
+        asked = {"sampler": talk.sampler, "seed": seed, "stop_ids": talk.stop_ids, "stop": talk.stop}
+        rest = [self._prompt[self.reused :]] if self.reused < len(self._prompt) else None
+        self._spent = Timings()
+        if rest is not None and (base is None or base.cache.max_rewind is not None):
+            begin: dict[str, Any] = {"plan": talk.plan} if base is None else {"after": base}
+            base, rest = generate(talk.lm, rest, max_new_tokens=0, **begin, **asked), None
+            self._spent = base.timings
+        assert base is not None
+        self._given = base
+        if rest is None:  # nothing of what stands there is of this reply
+            base = dataclasses.replace(base, starts=np.asarray([len(self._prompt)], np.int32))
+        self._stream = stream(talk.lm, rest, after=base, max_new_tokens=budget, **asked)
         self._stopped = False
         self._pieces = self._made()
 
@@ -262,7 +265,7 @@ class Reply:
         """The conversation with this turn, made to its end unless it was stopped."""
         for _ in self._pieces:
             pass
-        out = self._run.result()
+        out, spent = self._stream.result(), self._spent
         talk, prompt = self._talk, self._prompt
         turn = Turn(
             user=self._text,
@@ -270,9 +273,14 @@ class Reply:
             seed=self._seed,
             prompt=prompt,
             new=out.tokens[0, : out.lengths[0]].tolist(),
-            stop="stopped" if self._stopped and out.stop[0] == "length" else out.stop[0],
+            stop="stopped" if self._stopped and out.stop == ["length"] else out.stop[0],
             reused=self.reused,
-            timings=out.timings,
+            timings=dataclasses.replace(
+                out.timings,
+                compile=spent.compile + out.timings.compile,
+                prefill=spent.prefill + out.timings.prefill,
+                programs=spent.programs + out.timings.programs,
+            ),
         )
         kept = [out]
         if out.cache.max_rewind is not None:
@@ -281,17 +289,11 @@ class Reply:
         return dataclasses.replace(talk, turns=(*talk.turns, turn), kept=tuple(kept))
 
     def _made(self) -> Iterator[str]:
-        text = self._talk.lm.text_tokenizer().stream(self._prompt)
-        done = 0
-        for self._run in self._run.chunks(1):
-            new = self._run.new()[0]
-            if piece := text.push(new[done:]):
-                yield piece
-            done = len(new)
+        for piece in self._stream:
+            if piece.text:
+                yield piece.text
             if self._stopped:
-                break
-        if piece := text.finish():
-            yield piece
+                return
 
     def _budget(self) -> int:
         wanted = BUDGET if self._talk.max_new_tokens is None else self._talk.max_new_tokens
@@ -304,16 +306,6 @@ class Reply:
                 "edit a turn, or begin anew"
             )
         return min(wanted, positions - have)
-
-
-def _fed(talk: Conversation, ids: list[int], base: Generated | None, have: int) -> Generated:
-    if base is None:
-        return generate(talk.lm, [ids], max_new_tokens=0, plan=talk.plan)
-    cache, logits = base.cache, base.logits
-    if rest := ids[have:]:
-        cache = cache.resize(max(cache.capacity, bucket(len(ids) + AHEAD)))
-        logits, cache = prefill(talk.lm.model, cache, [rest])
-    return dataclasses.replace(base, cache=cache, logits=logits, lengths=np.zeros(1, np.int32), stop=["length"])
 
 
 __all__ = ["Conversation", "Turn", "Reply"]
