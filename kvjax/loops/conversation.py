@@ -205,7 +205,8 @@ class Conversation:
             InputError: there is none.
         """
         if not -len(self.turns) <= number < len(self.turns):
-            raise InputError(f"Conversation: there is no turn {number}, there are {len(self.turns)}")
+            there = f"{number}, there are {len(self.turns)}" if self.turns else "yet"
+            raise InputError(f"Conversation: there is no turn {there}")
         return self.turns[number]
 
     def nearest(self, ids: list[int]) -> tuple[Generated | None, int]:
