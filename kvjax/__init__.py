@@ -12,6 +12,7 @@ from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
 from kvjax.loops.beam import Beams, beam, beam_search
+from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import generate, stream
@@ -39,6 +40,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "Config",
+    "Conversation",
     "Generated",
     "InputError",
     "KvjaxError",
