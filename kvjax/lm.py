@@ -21,6 +21,7 @@ from kvjax.checkpoint.source import resolve
 from kvjax.config import Config
 from kvjax.errors import CheckpointError, InputError
 from kvjax.model import Model, decoder
+from kvjax.templates import Template, read_template
 from kvjax.text import Tokenizer, load_tokenizer, special_id
 from kvjax.types import DType
 
@@ -43,6 +44,7 @@ class LM:
             `suppress_tokens`, `begin_suppress_tokens`, `renormalize_logits`. How tokens are chosen is the caller's:
             `temperature`, `top_k`, `top_p`, `num_beams` and the like are not applied, nor is `max_length`.
             `dataclasses.replace(lm, filters=())` follows none.
+        template: of chats; without a text where the folder has none.
     """
 
     model: Model
@@ -52,6 +54,7 @@ class LM:
     bos_id: int | None = None
     start_ids: tuple[int, ...] = ()
     filters: tuple[Any, ...] = ()
+    template: Template = Template()
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.model.params)
@@ -112,7 +115,8 @@ def load(
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    return LM(decoder(config, params), tokenizer, name, eos, bos, asked.start_ids, asked.filters)
+    chat = read_template(folder)
+    return LM(decoder(config, params), tokenizer, name, eos, bos, asked.start_ids, asked.filters, chat)
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
