@@ -17,6 +17,9 @@ from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
+from kvjax.loops.scores import Scored, Scores, score
+from kvjax.loops.scoring import Likelihood, loglikelihood
+from kvjax.loops.windows import Perplexity, perplexity
 from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
 from kvjax.persist import load_cache, save_cache
@@ -42,7 +45,11 @@ __all__ = [
     "InputError",
     "KvjaxError",
     "LM",
+    "Likelihood",
     "Model",
+    "Perplexity",
+    "Scored",
+    "Scores",
     "attend",
     "cross_attend",
     "encode",
@@ -62,10 +69,13 @@ __all__ = [
     "init_params",
     "load",
     "load_cache",
+    "loglikelihood",
+    "perplexity",
     "prefill",
     "resume",
     "sampling",
     "save_cache",
+    "score",
     "step",
     "stream",
     "testing",

@@ -35,6 +35,7 @@ GENERATE = """examples:
   kvjax generate "ROMEO:" --temperature 0 --max-new-tokens 200       greedy
   kvjax generate "Once" --model ./stories260K --seed 7 --top-p 0.9   a Hugging Face folder
   kvjax generate "ROMEO:" --cache 'ring(128, sinks=4)'               memory that does not grow
+  kvjax generate "ROMEO:" --stop JULIET: --samples 3                 three texts, each up to a name
   kvjax generate --prompt-file scene.txt --json                      one JSON object
   cat scene.txt | kvjax generate -                                   the prompt from standard input
 
@@ -123,6 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = generate.add_argument
     add("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
     _drawing(generate, least=0)
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be given more than once")
+    add("--samples", type=_whole(1), default=1, metavar="N", help="texts, with seeds S, S + 1, … (default 1)")
+    add("--logprobs", type=_whole(0), metavar="K", help="with --json: log-probabilities, also of the K most probable")
     add("--json", action="store_true", help="one JSON object instead of text and figures")
     _common(generate, write_text.run)
 
