@@ -7,7 +7,7 @@ from kvjax import caches, donating, sampling
 from kvjax.caches import codecs
 from kvjax.caches.base import Cache
 from kvjax.caches.cross import Source
-from kvjax.caching import cache_nbytes, encode, init_cache
+from kvjax.caching import branched, cache_nbytes, encode, init_cache
 from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
@@ -56,6 +56,7 @@ __all__ = [
     "forward",
     "generate",
     "init_cache",
+    "branched",
     "init_params",
     "load",
     "load_cache",
