@@ -13,7 +13,8 @@ from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
 from kvjax.loops.beam import Beams, beam, beam_search
 from kvjax.loops.decode import decode, decode_until, prefill, step
-from kvjax.loops.host import Generated, generate
+from kvjax.loops.generated import Generated
+from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
 from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
@@ -65,5 +66,6 @@ __all__ = [
     "sampling",
     "save_cache",
     "step",
+    "stream",
     "testing",
 ]

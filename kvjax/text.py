@@ -146,6 +146,8 @@ class Stream:
         self._pieces: list[str] = []
         self._window = list(self._prompt)  # decoded again with each id; `_seen` is the part of its text already out
         self._seen = tokenizer._decode(self._window)
+        self.held = ""
+        """What would follow the pieces so far if no more ids came."""
 
     def push(self, ids: int | Sequence[int]) -> str:
         """The text that became certain with these ids, often one token, sometimes ''."""
@@ -153,9 +155,11 @@ class Stream:
         self._new += new
         self._window += new
         text = self._tokenizer._decode(self._window)
-        if not new or text.endswith(BROKEN) or self._tokenizer._ends_in_byte(self._window):
-            return ""
         piece = text[_common(self._seen, text) :]
+        if not new or text.endswith(BROKEN) or self._tokenizer._ends_in_byte(self._window):
+            self.held = piece
+            return ""
+        self.held = ""
         self._pieces.append(piece)
         self._seen = text
         self._shorten()

@@ -21,7 +21,7 @@ from kvjax.caches import KINDS
 from kvjax.cli import describe_model, startup
 from kvjax.cli.describe_model import describe_config
 from kvjax.config import Config
-from kvjax.loops.host import Run
+from kvjax.loops.run import Run
 from kvjax.params import abstract_params
 from kvjax.train.package import config_json, to_hf
 

@@ -9,8 +9,9 @@ from models import MIXED, ONE_LAYER, prompt_ids, tiny
 
 import kvjax
 from kvjax import CacheError, InputError, caches, sampling
-from kvjax.loops import host
+from kvjax.loops import beginning
 from kvjax.loops.decode import CHUNK
+from kvjax.loops.run import Run
 
 MODEL = tiny(ONE_LAYER)
 PROMPTS = [row[:n].tolist() for row, n in zip(prompt_ids(4), (16, 7, 1), strict=True)]
@@ -116,7 +117,7 @@ def test_growth_past_256_gives_the_tokens_of_a_cache_that_was_large_from_the_sta
     options = {"max_new_tokens": [150, 160], "sampler": sampling.greedy(), "plan": plan}
     grown = kvjax.generate(tiny(config), prompts, **options)
     assert grown.cache.capacity == 512 and grown.cache.lengths.tolist() == [270, 169]
-    monkeypatch.setattr(host, "CAPACITY", 512)
+    monkeypatch.setattr(beginning, "CAPACITY", 512)
     large = kvjax.generate(tiny(config), prompts, **options)
     assert large.cache.capacity == 512
     np.testing.assert_array_equal(grown.tokens, large.tokens)
@@ -141,7 +142,7 @@ def test_wasted_steps_are_those_that_no_row_needed():
 
 def test_a_run_can_be_watched_chunk_by_chunk(forty):
     options = {"after": None, "sampler": WARM, "seed": [1, 2, 3], "plan": None, "stop_ids": None}
-    run = host.Run.start(MODEL, PROMPTS, max_new_tokens=40, **options)
+    run = Run.start(MODEL, PROMPTS, max_new_tokens=40, **options)
     seen = []
     for run in run.chunks(1):
         seen.append([len(row) for row in run.new()])
@@ -163,8 +164,8 @@ def test_mistakes_are_errors_before_anything_runs(forty):
         ({"prompts": [[1], [96]]}, "prompt 1 has id 96, the vocabulary has 96 ids"),
         ({"prompts": [[-1]]}, "prompt 0 has id -1"),
         ({"prompts": ["text"]}, "bare Model has no tokenizer"),
-        ({"prompts": None}, "either prompts or after"),
-        ({"after": forty}, "either prompts or after"),
+        ({"prompts": None}, "give prompts, or after, or both"),
+        ({"prompts": [[1]] * 7, "after": forty}, "7 prompts are to follow the"),
         ({"prompts": None, "after": forty, "plan": PLAN}, "plan, prefix, target and cross go with prompts"),
         ({"max_new_tokens": -1}, "max_new_tokens -1"),
         ({"max_new_tokens": [1, 2]}, "max_new_tokens"),

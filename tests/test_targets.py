@@ -195,7 +195,7 @@ def test_the_encoder_runs_once():
 
 
 def test_the_budget_is_twice_the_source_where_that_is_more(monkeypatch):
-    monkeypatch.setattr("kvjax.loops.host.BUDGET", 4)
+    monkeypatch.setattr("kvjax.loops.run.BUDGET", 4)
     assert kvjax.generate(LM, SOURCES, stop_ids=()).lengths.tolist() == [32, 10, 4]
     assert limits_of(MODEL, [[3] * 51, [3]], None, np.array([32, 4])).tolist() == [64, 5], "64 positions"
 

@@ -19,7 +19,7 @@ from kvjax.errors import InputError
 from kvjax.lm import LM, load
 from kvjax.loops.algorithms import Candidate
 from kvjax.loops.beam import Beam, beam
-from kvjax.loops.host import Run
+from kvjax.loops.run import Run
 
 
 class Line(NamedTuple):

@@ -13,7 +13,8 @@ from typing import Any
 from kvjax import sampling
 from kvjax.errors import InputError
 from kvjax.lm import LM, load
-from kvjax.loops.host import Generated, Run
+from kvjax.loops.generated import Generated
+from kvjax.loops.run import Run
 
 
 def run(args: argparse.Namespace) -> None:

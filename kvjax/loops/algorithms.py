@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from kvjax.loops import decode as loop
+from kvjax.loops.noted import Noted
 from kvjax.loops.prompts import fed
 from kvjax.model import Model
 from kvjax.sampling.drawing import Filtered
@@ -34,7 +36,13 @@ class Candidate(NamedTuple):
 
 
 class UnderWay(Protocol):
-    """A generation between two looks of the host."""
+    """A generation between two looks of the host.
+
+    Args:
+        grows: whether `texts` only get longer, so that a piece can be shown before the end.
+    """
+
+    grows: bool
 
     def look(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Tokens of each row `[B]`, which rows want more `[B]` bool, and the capacity; raises what was flagged."""
@@ -51,6 +59,9 @@ class UnderWay(Protocol):
     def texts(self) -> list[list[int]]:
         """Ids of each row so far, prompts included."""
 
+    def noted(self) -> Noted | None:
+        """Log-probabilities of the tokens of `texts()`, at their positions; None where nobody asked."""
+
     def ranked(self) -> list[list[tuple[list[int], float]]] | None:
         """Of each row several texts with scores, best first; None where nothing is ranked."""
 
@@ -66,11 +77,15 @@ class Wanted:
         limits: `[B]`, tokens that each row may have, prompt included.
         stops: what ends a row.
         filters: that belong to the model, in order; they come before those of a sampler.
+        every: static, steps of a chunk.
+        again: whether a chunk may have to run again, so that what was before it is kept; of `Draw` only.
     """
 
     limits: np.ndarray
     stops: Stops
     filters: tuple[Any, ...] = ()
+    every: int = loop.CHUNK
+    again: bool = False
 
 
 class Algorithm(Protocol):
@@ -96,7 +111,7 @@ class Draw:
     def begin(self, progress: loop.Progress, wanted: Wanted) -> Drawing:
         """See `Algorithm`."""
         sampler = Filtered(wanted.filters, self.sampler) if wanted.filters else self.sampler
-        return Drawing(progress, np.asarray(progress.starts), wanted, sampler, self.seeds)
+        return Drawing(progress, np.asarray(progress.cache.lengths), wanted, sampler, self.seeds)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,6 +123,9 @@ class Drawing:
     wanted: Wanted
     sampler: Any
     seeds: np.ndarray
+    before: loop.Progress | None = None
+
+    grows = True
 
     def look(self) -> tuple[np.ndarray, np.ndarray, int]:
         """See `UnderWay`."""
@@ -121,21 +139,26 @@ class Drawing:
 
     def advance(self, model: Model, chunks: int) -> Drawing:
         """See `UnderWay`."""
-        return self._run(loop.DONATING, model, chunks)
+        return self._run(loop.VALUE if self.wanted.again else loop.DONATING, model, chunks)
+
+    def again(self, model: Model, chunks: int, ends: Sequence[int | None]) -> Drawing:
+        """The last `advance` once more, with rows that end at some length, or None.
+
+        The same tokens come again: the cache before the chunk is a value, and so are the keys.
+        """
+        limits = np.array([m if end is None else min(m, end) for m, end in zip(self.wanted.limits, ends, strict=True)])
+        ended = dataclasses.replace(self, wanted=dataclasses.replace(self.wanted, limits=limits.astype(np.int32)))
+        if self.before is None or (np.asarray(self.progress.cache.lengths) <= limits).all():
+            return ended
+        return dataclasses.replace(ended, progress=self.before)._run(loop.VALUE, model, chunks)
 
     def _run(self, programs: loop.Programs, model: Model, chunks: int) -> Drawing:
-        wanted = self.wanted
+        wanted, chunk = self.wanted, self.wanted.every
+        limits, count = wanted.limits, np.int32(chunks)
         progress = programs.until(
-            model,
-            self.progress,
-            self.sampler,
-            self.seeds,
-            wanted.stops,
-            wanted.limits,
-            np.int32(chunks),
-            chunk=loop.CHUNK,
+            model, self.progress, self.sampler, self.seeds, wanted.stops, limits, count, chunk=chunk
         )
-        return dataclasses.replace(self, progress=progress)
+        return dataclasses.replace(self, progress=progress, before=self.progress if wanted.again else None)
 
     def count(self) -> tuple[int, int]:
         """See `UnderWay`."""
@@ -145,6 +168,10 @@ class Drawing:
     def texts(self) -> list[list[int]]:
         """See `UnderWay`."""
         return fed(self.progress.cache)
+
+    def noted(self) -> Noted | None:
+        """See `UnderWay`."""
+        return self.progress.noted
 
     def ranked(self) -> None:
         """See `UnderWay`."""

@@ -329,6 +329,8 @@ class Searching:
     beam: Beam
     wanted: Wanted
 
+    grows = False
+
     def look(self) -> tuple[np.ndarray, np.ndarray, int]:
         """See `UnderWay`."""
         width = self.beam.width
@@ -345,7 +347,9 @@ class Searching:
     def advance(self, model: Model, chunks: int) -> Searching:
         """See `UnderWay`."""
         numbers, wanted = _numbers(self.beam.length_penalty, self.beam.early_stopping), self.wanted
-        beams = DONATING(model, self.beams, *numbers, wanted.stops, wanted.filters, np.int32(chunks), chunk=loop.CHUNK)
+        beams = DONATING(
+            model, self.beams, *numbers, wanted.stops, wanted.filters, np.int32(chunks), chunk=wanted.every
+        )
         return dataclasses.replace(self, beams=beams)
 
     def count(self) -> tuple[int, int]:
@@ -366,6 +370,9 @@ class Searching:
         cache = cache if cache.capacity == capacity else resized(cache, capacity=capacity)
         logits, cache = _fed(model, cache, self.first.logits, tokens, valid)
         return cache.check(), logits
+
+    def noted(self) -> None:
+        """See `UnderWay`."""
 
     def ranked(self) -> list[list[tuple[list[int], float]]]:
         """See `UnderWay`."""

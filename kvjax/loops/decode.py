@@ -244,8 +244,8 @@ def decode(
         starts: `[B]` int32, tokens of each row that were given, for filters that count new ones; None: all so far.
 
     Returns:
-        Tokens `[B, steps]`, -1 where no token may be chosen (the row is flagged), logits `[B, V]` for the next token, and
-        the cache.
+        Tokens `[B, steps]`, -1 where none may be chosen (the row is flagged), logits `[B, V]` for the next, and the
+        cache.
 
     Raises:
         InputError: shapes are wrong.

@@ -122,6 +122,50 @@ def targets_of(lm: LM | Model, target: Any, rows: int) -> list[list[int]]:
     return found
 
 
+def more_of(lm: LM | Model, prompts: Any, rows: int) -> list[list[int]]:
+    """Ids of what is fed to each row of an earlier result.
+
+    Raises:
+        InputError: another number than rows, one that is empty, no text and no ids, or with ids outside the vocabulary.
+    """
+    each = [prompts] if isinstance(prompts, str) else list(prompts)
+    if len(each) != rows:
+        raise InputError(f"generate: {len(each)} prompts are to follow the {rows} rows of after")
+    model, found = model_of(lm), []
+    for row, given in enumerate(each):
+        if isinstance(given, str):
+            tokenizer = _with_tokenizer(lm, f"prompt {row}")
+            given = tokenizer.encode_bare(given) if model.encode is None else tokenizer.encode_target(given)
+        if np.size(given) == 0:
+            raise InputError(f"generate: prompt {row} is empty; give at least one id to follow after")
+        found.append(_ids(f"prompt {row}", given, model.vocab_size))
+    return found
+
+
+def stop_at_of(lm: LM | Model, stop: Any) -> tuple[str | tuple[int, ...], ...]:
+    """Stop strings and sequences of ids, from one or a list of them.
+
+    Raises:
+        InputError: one that is neither, or empty; a string without a tokenizer.
+    """
+    if stop is None:
+        return ()
+    lists = (list, tuple, np.ndarray)
+    every = list(stop) if isinstance(stop, lists) else [stop]
+    if isinstance(stop, lists) and every and not any(isinstance(each, (str, *lists)) for each in every):
+        every = [every]  # one sequence
+    found: list[str | tuple[int, ...]] = []
+    for i, each in enumerate(every):
+        if isinstance(each, str):
+            _with_tokenizer(lm, f"stop {i}")
+        elif not isinstance(each, lists):
+            raise InputError(f"generate: stop {i} must be a str or a list of ids, not {each!r}")
+        if not len(each):
+            raise InputError(f"generate: stop {i} is empty")
+        found.append(each if isinstance(each, str) else tuple(_ids(f"stop {i}", each, model_of(lm).vocab_size)))
+    return tuple(found)
+
+
 def _with_tokenizer(lm: LM | Model, what: str) -> Tokenizer:
     if not isinstance(lm, LM):
         raise InputError(f"generate: {what} is text, but a bare Model has no tokenizer; give ids")
@@ -153,4 +197,15 @@ def beyond(ids: list[list[int]], prefix: Cache) -> tuple[list[list[int]], Cache]
     return [values[len(begin) :] for values in ids], prefix.resize(len(begin)) if begin else prefix
 
 
-__all__ = ["BUDGET", "model_of", "encode", "targets_of", "limits_of", "beyond", "padded", "fed"]
+__all__ = [
+    "BUDGET",
+    "model_of",
+    "encode",
+    "more_of",
+    "stop_at_of",
+    "targets_of",
+    "limits_of",
+    "beyond",
+    "padded",
+    "fed",
+]
