@@ -85,7 +85,7 @@ def written(command, folder):
 def test_json_is_one_object_whose_text_is_what_the_new_ids_add(written, folder):
     made = written("ROMEO: wherefore")
     lm = kvjax.load(folder)
-    assert set(made) == {"model", "prompt_ids", "new_ids", "text", "stop", "timings", "cache_bytes"}
+    assert set(made) == {"model", "prompt_ids", "seed", "new_ids", "text", "stop", "timings", "cache_bytes"}
     assert made["model"] == "tiny"
     assert made["prompt_ids"] == lm.encode("ROMEO: wherefore")
     assert made["text"] == lm.decode(made["prompt_ids"] + made["new_ids"]).removeprefix("ROMEO: wherefore")
@@ -118,6 +118,25 @@ def test_temperature_zero_is_greedy_and_seeds_make_texts(written, folder):
     assert written("To be", "--top-k", 1)["new_ids"] == greedy.tokens[0].tolist()
     one, two, again = (written("To be", "--seed", s)["new_ids"] for s in (1, 2, 1))
     assert one == again != two
+
+
+def test_samples_are_those_of_their_seeds_and_a_stop_text_ends_each(written, command, folder):
+    one, two = (written("To be", "--seed", s, "--temperature", 2) for s in (4, 5))
+    both = written("To be", "--seed", 4, "--temperature", 2, "--samples", 2, "--logprobs", 3)
+    assert [each["new_ids"] for each in both["samples"]] == [one["new_ids"], two["new_ids"]]
+    assert both["new_ids"] == one["new_ids"] and len(both["logprobs"]) == len(both["top_logprobs"]) == 20
+    assert all(len(best) == 3 and best[0][1] >= best[1][1] for best in both["top_logprobs"])
+    stop = two["text"][4:6]
+    cut = written("To be", "--seed", 5, "--temperature", 2, "--stop", stop, "--stop", "never this")
+    assert (cut["text"], cut["stop"]) == (two["text"][: two["text"].find(stop)], "stop")
+    options = ("To be", "--seed", 4, "--temperature", 2, "--max-new-tokens", 20)
+    code, out, err = command("generate", "--model", folder, *options, "--samples", 2)
+    assert code == 0 and "40 new" in err
+    assert out.replace("\n", "") == f"--- seed 4 (length){one['text']}--- seed 5 (length){two['text']}".replace(
+        "\n", ""
+    )
+    code, out, err = command("generate", "--model", folder, *options, "--logprobs", 2)
+    assert (code, out) == (1, "") and "--logprobs goes with --json" in err
 
 
 def test_an_empty_prompt_is_the_bos_alone(written, command, tmp_path):

@@ -34,6 +34,7 @@ GENERATE = """examples:
   kvjax generate "ROMEO:" --temperature 0 --max-new-tokens 200       greedy
   kvjax generate "Once" --model ./stories260K --seed 7 --top-p 0.9   a Hugging Face folder
   kvjax generate "ROMEO:" --cache 'ring(128, sinks=4)'               memory that does not grow
+  kvjax generate "ROMEO:" --stop JULIET: --samples 3                 three texts, each up to a name
   kvjax generate --prompt-file scene.txt --json                      one JSON object
   cat scene.txt | kvjax generate -                                   the prompt from standard input
 
@@ -107,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-k", type=_whole(0, 2**31 - 1), default=0, metavar="K", help="only the K most probable (default 0: all)")
     add("--top-p", type=_real(0, 1), default=1.0, metavar="P", help="only the most probable up to P (default 1: all)")
     add("--seed", type=_whole(0, 0xFFFFFFFF), default=0, metavar="S", help="the same seed, the same text (default 0)")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be given more than once")
+    add("--samples", type=_whole(1), default=1, metavar="N", help="texts, with seeds S, S + 1, … (default 1)")
+    add("--logprobs", type=_whole(0), metavar="K", help="with --json: log-probabilities, also of the K most probable")
     _dtype(generate)
     add("--cache", type=_cache, metavar="KIND", help=f"{_kinds()}; default: what suits the model")
     add("--json", action="store_true", help="one JSON object instead of text and figures")

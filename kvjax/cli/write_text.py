@@ -14,32 +14,35 @@ from kvjax import sampling
 from kvjax.errors import InputError
 from kvjax.lm import LM, load
 from kvjax.loops.generated import Generated
-from kvjax.loops.run import Run
+from kvjax.loops.host import Stream, stream
 
 
 def run(args: argparse.Namespace) -> None:
     """Generates as the arguments say; text, or one JSON object, on stdout."""
     prompt = read_prompt(args.prompt, args.prompt_file)
+    if args.logprobs is not None and not args.json:
+        raise InputError("generate: --logprobs goes with --json")
     began = time.perf_counter()
     lm = load(args.model, dtype=args.dtype)
     loaded = time.perf_counter() - began
-    ids = lm.encode(prompt)
-    made = Run.start(
-        lm,
-        [ids],
-        after=None,
-        max_new_tokens=args.max_new_tokens,
-        sampler=sampler_of(args.temperature, args.top_k, args.top_p),
-        seed=args.seed,
-        plan=args.cache,
-        stop_ids=None,
-    )
-    out = _finish(made) if args.json else _stream(lm, made)
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "sampler": sampler_of(args.temperature, args.top_k, args.top_p),
+        "seed": args.seed,
+        "plan": args.cache,
+        "stop": args.stop,
+        "samples": args.samples,
+        "logprobs": args.logprobs,
+    }
+    pieces = stream(lm, [lm.encode(prompt)], **options)
+    out = _shown(pieces) if args.samples == 1 and not args.json else _finished(pieces)
     if args.json:
         print(json.dumps(report(lm, out, loaded)))
-    else:
-        sys.stdout.flush()
-        sys.stderr.write(_figures(out) + "\n")
+        return
+    if args.samples > 1:
+        _put_all(out)
+    sys.stdout.flush()
+    sys.stderr.write(_figures(out) + "\n")
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str:
@@ -79,29 +82,40 @@ def sampler_of(temperature: float, top_k: int, top_p: float) -> Any:
 
 
 def report(lm: LM, out: Generated, loaded: float) -> dict[str, Any]:
-    """What `--json` prints."""
+    """What `--json` prints; of several samples, `samples` has each, and the rest is of the first."""
+    each = [_sample(out, row) for row in range(len(out.stop))]
     return {
         "model": lm.name,
         "prompt_ids": out.prompts[0],
-        "new_ids": out.tokens[0, : out.lengths[0]].tolist(),
-        "text": out.text[0] if out.text is not None else None,
-        "stop": out.stop[0],
+        **each[0],
+        **({"samples": each} if len(each) > 1 else {}),
         "timings": {"load": loaded, **dataclasses.asdict(out.timings), "tokens_per_second": _speed(out)},
         "cache_bytes": out.cache.nbytes,
     }
 
 
-def _stream(lm: LM, made: Run) -> Generated:
-    text = lm.tokenizer.stream(made.prompts[0]) if lm.tokenizer is not None else None
-    done, last = 0, "\n"
-    for now in made.chunks(1):
-        made, new = now, now.new()[0]
-        last = _put(text.push(new[done:]) if text is not None else "", last)
-        done = len(new)
-    last = _put(text.finish() if text is not None else "", last)
+def _sample(out: Generated, row: int) -> dict[str, Any]:
+    n = int(out.lengths[row])
+    found: dict[str, Any] = {
+        "seed": int(out.seeds[row]),
+        "new_ids": out.tokens[row, :n].tolist(),
+        "text": out.text[row] if out.text is not None else None,
+        "stop": out.stop[row],
+    }
+    if out.logprobs is not None:
+        found["logprobs"] = out.logprobs.chosen[row, :n].tolist()
+        best = zip(out.logprobs.ids[row, :n].tolist(), out.logprobs.values[row, :n].tolist(), strict=True)
+        found["top_logprobs"] = [[[i, x] for i, x in zip(*pair, strict=True) if i >= 0] for pair in best]
+    return found
+
+
+def _shown(pieces: Stream) -> Generated:
+    last = "\n"
+    for piece in pieces:
+        last = _put(piece.text or "", last)
     if last != "\n":
         sys.stdout.write("\n")
-    return made.result()
+    return pieces.result()
 
 
 def _put(piece: str, last: str) -> str:
@@ -110,21 +124,26 @@ def _put(piece: str, last: str) -> str:
     return piece[-1:] or last
 
 
-def _finish(made: Run) -> Generated:
-    for now in made.chunks(1):  # looks up between chunks, so that an interrupt is heard
-        made = now
-    return made.result()
+def _put_all(out: Generated) -> None:
+    for row, text in enumerate(out.text or []):
+        sys.stdout.write(f"--- seed {out.seeds[row]} ({out.stop[row]})\n{text}" + ("" if text.endswith("\n") else "\n"))
+
+
+def _finished(pieces: Stream) -> Generated:
+    for _ in pieces:  # looks up between chunks, so that an interrupt is heard
+        pass
+    return pieces.result()
 
 
 def _speed(out: Generated) -> float | None:
-    new, seconds = int(out.lengths[0]), out.timings.decode
+    new, seconds = int(out.lengths.sum()), out.timings.decode
     return new / seconds if new and seconds > 0 else None
 
 
 def _figures(out: Generated) -> str:
     speed = _speed(out)
     return (
-        f"{len(out.prompts[0]):,} prompt tokens, {out.lengths[0]:,} new ({out.stop[0]}), "
+        f"{len(out.prompts[0]):,} prompt tokens, {out.lengths.sum():,} new ({', '.join(dict.fromkeys(out.stop))}), "
         f"compile {out.timings.compile:.2f} s, prefill {out.timings.prefill:.3f} s, "
         f"{'-' if speed is None else f'{speed:,.0f}'} tokens/s, cache {out.cache.nbytes:,} bytes"
     )

@@ -144,7 +144,8 @@ class Stream(Iterator[Piece]):
         done = [0] * len(self._run.prompts)
         for run in self._run.chunks(1):
             self._run = run
-            yield from self._look(done, run.new(), run.pieces())
+            if run.state.grows:
+                yield from self._look(done, run.new(), run.pieces())
         yield from self._look(done, self._run.new(), self._run.rest())
 
     def _look(self, done: list[int], new: list[list[int]], texts: list[str | None]) -> Iterator[Piece]:
