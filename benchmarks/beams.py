@@ -127,7 +127,9 @@ def main() -> None:
     print(f"{'':26}{'ms a step':>11}{'(least, most)':>18}{'of rows':>9}{'MB':>8}")
     for prompts, context in ((p, c) for p in a.prompts for c in a.contexts):
         tokens = random.integers(0, a.vocab, (prompts, context)).astype(np.int32)
-        _, cache = kvjax.prefill(model, kvjax.init_cache(model, caches.dense(), batch=prompts, capacity=context), tokens)
+        _, cache = kvjax.prefill(
+            model, kvjax.init_cache(model, caches.dense(), batch=prompts, capacity=context), tokens
+        )
         logits = jnp.asarray(random.normal(size=(prompts * a.width, a.vocab)).astype(np.float32))
         room = a.steps
         once = kvjax.branched(cache, a.width, room=room)

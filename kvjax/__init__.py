@@ -11,11 +11,12 @@ from kvjax.caching import branched, cache_nbytes, encode, init_cache
 from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
-from kvjax.loops.beam import Beams, beam, beam_search
+from kvjax.loops.beam import beam
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
+from kvjax.loops.search import Beams, beam_search
 from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
 from kvjax.persist import load_cache, save_cache

@@ -11,6 +11,9 @@ from kvjax.caches.shared_prefix import SharedPrefix, SharedPrefixKind, fit
 from kvjax.checks import is_concrete
 from kvjax.errors import CacheError, InputError
 
+ROOM = 64
+"""Tokens that rows can take in after what they share, until a `resize`."""
+
 
 def room_after(prefix: Cache, layers: int, batch: int, capacity: int) -> tuple[Cache, int]:
     """A prefix without slots that it does not need, and how many of `capacity` are left for a suffix.
@@ -77,7 +80,7 @@ def before(cache: Cache, rows: Cache) -> Cache:
     return rows.replace(layers=tuple(node.prefix for node in cache.layers), shared=shared)
 
 
-def branched(cache: Cache, copies: int, *, room: int = 64) -> Cache:
+def branched(cache: Cache, copies: int, *, room: int = ROOM) -> Cache:
     """Every row `copies` times, one after the other, as `fork` gives it, but the text so far is kept once: only what is
     new has a row for each, moves with `reorder`, and is copied. Samples and beams of a prompt start so.
 
@@ -115,4 +118,4 @@ def branched(cache: Cache, copies: int, *, room: int = 64) -> Cache:
     return after(cache, own)
 
 
-__all__ = ["room_after", "after", "before", "branched"]
+__all__ = ["ROOM", "room_after", "after", "before", "branched"]

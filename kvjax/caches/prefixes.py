@@ -54,7 +54,7 @@ class Prefix(Shared):
         return self.base + self.room
 
     @property
-    def fixed(self) -> int:
+    def fixed(self) -> int:  # type: ignore[override]
         """See `Shared`."""
         return self.tokens.shape[1]
 

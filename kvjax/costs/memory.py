@@ -148,8 +148,8 @@ def shared_prefix_nbytes(
     prefixes: int = 1,
     store: DType | Stored = jnp.float32,
 ) -> int:
-    """Bytes of prompts that rows share and a suffix a row: 2 · L · K · D · (R · P + B · (T - P)) · bytes per element, the
-    prompts' ids and lengths, and the container.
+    """Bytes of prompts that rows share and a suffix a row: 2 · L · K · D · (R · P + B · (T - P)) · bytes per element,
+    the prompts' ids and lengths, and the container.
 
     Args:
         config: the model.

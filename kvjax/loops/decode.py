@@ -354,10 +354,11 @@ def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any
     check_ids(name, model.vocab_size, tokens, valid)
     if is_concrete(valid) and is_concrete(cache.lengths):
         most = np.inf if model.max_positions is None else model.max_positions
-        for row, (have, new, room) in enumerate(zip(np.asarray(cache.lengths), valid, np.asarray(cache.room), strict=True)):
-            if have + new > min(room, most):
-                what = "room for" if room < cache.capacity else "capacity"
-                limit = f"{what} {room}" if room <= most else f"positions of the model {most}"
+        room = np.asarray(cache.room)
+        for row, (have, new) in enumerate(zip(np.asarray(cache.lengths), valid, strict=True)):
+            if have + new > min(room[row], most):
+                what = "capacity" if room[row] == cache.capacity else "room for"
+                limit = f"{what} {room[row]}" if room[row] <= most else f"positions of the model {most}"
                 raise CacheError(f"{name}: row {row} has length {have}, {new} more do not fit: {limit}")
     return tokens, valid
 
