@@ -11,12 +11,16 @@ from kvjax.caching import branched, cache_nbytes, encode, init_cache
 from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
-from kvjax.loops.beam import beam
+from kvjax.loops.beam import Beams, beam, beam_search
+from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
+from kvjax.loops.scores import Scored, Scores, score
+from kvjax.loops.scoring import Likelihood, loglikelihood
 from kvjax.loops.search import Beams, beam_search
+from kvjax.loops.windows import Perplexity, perplexity
 from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
 from kvjax.persist import load_cache, save_cache
@@ -37,11 +41,16 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "Config",
+    "Conversation",
     "Generated",
     "InputError",
     "KvjaxError",
     "LM",
+    "Likelihood",
     "Model",
+    "Perplexity",
+    "Scored",
+    "Scores",
     "attend",
     "cross_attend",
     "encode",
@@ -62,10 +71,13 @@ __all__ = [
     "init_params",
     "load",
     "load_cache",
+    "loglikelihood",
+    "perplexity",
     "prefill",
     "resume",
     "sampling",
     "save_cache",
+    "score",
     "step",
     "stream",
     "testing",

@@ -23,6 +23,7 @@ from kvjax.checkpoint.source import resolve
 from kvjax.config import Config
 from kvjax.errors import CheckpointError, InputError
 from kvjax.model import Model, decoder
+from kvjax.templates import Template, read_template
 from kvjax.text import Tokenizer, load_tokenizer, special_id
 from kvjax.types import DType
 
@@ -41,6 +42,7 @@ class LM:
             token if there is one (`decoder_start_token_id`, `forced_bos_token_id`). What `forced_eos_token_id` forces,
             an end where the budget ends, is not.
         never_ids: tokens that are never chosen, for example the padding of translation models (`bad_words_ids`).
+        template: of chats; without a text where the folder has none.
     """
 
     model: Model
@@ -50,6 +52,7 @@ class LM:
     bos_id: int | None = None
     start_ids: tuple[int, ...] = ()
     never_ids: tuple[int, ...] = ()
+    template: Template = Template()
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.model.params)
@@ -123,7 +126,7 @@ def load(
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    return LM(decoder(config, params), tokenizer, name, eos, bos, start, never)
+    return LM(decoder(config, params), tokenizer, name, eos, bos, start, never, read_template(folder))
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import struct
-from kvjax.checks import bucket, whole
-from kvjax.errors import InputError
 from kvjax.sampling import Text
 from kvjax.sampling.contract import among, id_list
+from kvjax.sampling.sequences import begun_by, sequence_table
 from kvjax.types import Array
 
 
@@ -41,13 +40,8 @@ class Stops(struct.Value):
         return marks.at[jnp.arange(marks.shape[0])[:, None], last].set(True, mode="drop")
 
     def _begun(self, text: Text) -> Array:
-        # [B, m], which sequences a row has all of but the last
-        k = self.sequences.shape[1]
-        at = text.lengths[:, None] - jnp.arange(k - 1, 0, -1, dtype=jnp.int32)[None, :]  # [B, k - 1]
-        before = jnp.take_along_axis(text.tokens, jnp.maximum(at, 0), axis=1)
-        before = jnp.where(at >= text.starts[:, None], before, -1)[:, None, :]
-        wanted = self.sequences[None, :, :-1]
-        return jnp.all((before == wanted) | (wanted < 0), axis=2) & (self.sequences[:, -1] >= 0)[None]
+        # [B, m], which sequences a row has all of but the last, all of it new
+        return begun_by(self.sequences, text, text.starts)
 
 
 def stops_of(name: str, ids: Sequence[int] = (), sequences: Sequence[Sequence[int]] = ()) -> Stops:
@@ -61,14 +55,7 @@ def stops_of(name: str, ids: Sequence[int] = (), sequences: Sequence[Sequence[in
     Raises:
         InputError: no ids, or an empty sequence.
     """
-    rows = [np.asarray(whole(f"{name}: stop sequence {i}", list(row))) for i, row in enumerate(sequences)]
-    for i, row in enumerate(rows):
-        if row.ndim != 1 or not row.size or (row < 0).any():
-            raise InputError(f"{name}: stop sequence {i} is {row.tolist()}; give one or more ids, each 0 or more")
-    longest = max((row.size for row in rows), default=0)
-    table = np.full((bucket(len(rows), 8) if rows else 0, bucket(longest, 4) if rows else 1), -1, np.int32)
-    for line, row in zip(table, rows, strict=False):
-        line[len(line) - row.size :] = row
+    table = sequence_table(f"{name}: stop sequence", sequences)
     return Stops(id_list(f"{name}: stop_ids", ids), table)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,5 @@
-"""Run with JAX_ENABLE_X64=1 by test_float64.py: every kind against its reference, position by position, in float64."""
+"""Run with JAX_ENABLE_X64=1 by test_float64.py: every kind against its reference, position by position, in float64, and
+log-probabilities of given tokens against the forward pass."""
 
 from __future__ import annotations
 
@@ -6,13 +7,32 @@ import sys
 
 import jax
 import kinds
+import numpy as np
 
+import kvjax
 from kvjax.testing import promises
+from kvjax.testing.cases import PROMPTS, prompt_ids
+
+
+def likelihoods(case) -> float:
+    """The largest difference of log-probabilities, of the largest."""
+    logits, cache = case.filled()
+    new, both, worst = prompt_ids(1), np.zeros((3, 32), np.int32), 0.0
+    found = np.asarray(kvjax.loglikelihood(case.model, cache, logits, new, chunk=5)[0].logprobs)
+    for row, n in enumerate(PROMPTS):
+        both[row, : n + 16] = [*prompt_ids()[row, :n], *new[row]]
+    table = np.asarray(jax.nn.log_softmax(kvjax.forward(case.model, both, PROMPTS + 16), axis=-1))
+    for row, n in enumerate(PROMPTS):
+        want = table[row, n - 1 : n + 15][np.arange(16), new[row]]
+        worst = max(worst, float(np.max(np.abs(found[row] - want)) / np.max(np.abs(want))))
+    assert found.dtype == np.float64 and worst <= 1e-12, worst
+    return worst
 
 
 def main(full: bool) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     assert jax.config.jax_enable_x64
+    print(f"log-likelihoods: {likelihoods(kinds.cases()[0]):.1e}")
     for case in (*kinds.cases(), *(kinds.of_sources() if full else ())):
         if case.exact and (full or not case.full):
             print(f"{case.name}: {promises.same_logits(case):.1e}")

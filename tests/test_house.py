@@ -29,7 +29,7 @@ ROOMS = (
     ("model",),
     ("caching",),
     ("sampling", "stopping"),
-    ("checkpoint", "pieces", "text"),
+    ("checkpoint", "pieces", "text", "templates"),
     ("lm", "persist"),
     ("loops",),
     ("donating",),

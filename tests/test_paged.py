@@ -28,7 +28,7 @@ ONE = LayerShape(1, 1, 1, jnp.float32)
 def fresh(plan, pages=Pages, batch=ROWS) -> Cache:
     """A cache of one layer that keeps a number a token, without a model."""
     entry = plan.shared(batch, CAPACITY)["pages"]
-    made = pages(*(getattr(entry, field.name) for field in dataclasses.fields(entry)))
+    made = pages(*(getattr(entry, field.name) for field in dataclasses.fields(entry) if not field.kw_only))
     lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
     tokens = jnp.full((batch, CAPACITY), -1, jnp.int32)
     return Cache((plan.init(ONE, batch, CAPACITY),), {"pages": made}, tokens, lengths, written, flags)

@@ -10,7 +10,7 @@ import pytest
 from models import MIXED, filled, prompt_ids, tiny
 
 import kvjax
-from kvjax import CacheError, caches
+from kvjax import CacheError, caches, sampling
 from kvjax.caches.flags import ROWS
 
 IDS = prompt_ids(1)
@@ -29,6 +29,15 @@ def test_flatten_and_unflatten_give_the_cache_back(case):
     assert hash(tree) == hash(jax.tree.structure(cache))
     with pytest.raises(Exception, match="frozen|cannot assign"):
         cache.lengths = cache.lengths
+
+
+@pytest.mark.corner
+def test_two_classes_with_the_same_fields_are_two_structures():
+    """Else one may run the program that was compiled for the other: `greedy` and `chain` both hold filters alone."""
+    made = [sampling.greedy(), sampling.chain(), sampling.banned([1]), sampling.allowed([1]), sampling.forced_last([1])]
+    trees = [jax.tree.structure(each) for each in made]
+    assert [a == b for a in trees for b in trees] == [a is b for a in trees for b in trees]
+    assert trees[0] == jax.tree.structure(sampling.greedy()) and "_class" not in repr(made)
 
 
 def test_rows_outside_the_batch_are_errors():

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import kvjax
 from kvjax import caches
-from kvjax.cli import compare_strategies, describe_model, translate_text, write_text
+from kvjax.cli import chat_text, compare_strategies, describe_model, translate_text, write_text
 from kvjax.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -20,6 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 TOP = """examples:
   kvjax generate "ROMEO:"                      text from the bundled model
   kvjax generate --help                        everything else that it takes
+  kvjax chat --model ./a-chat-model            a conversation, with a model that was tuned for it
   kvjax translate "محمد"                       an Arabic name in English letters, with scores
   kvjax info shakespeare                       what a model is, and what its caches cost
   kvjax compare                                what could be kept of a text, side by side
@@ -41,6 +42,25 @@ GENERATE = """examples:
 The text after the prompt goes to standard output as it is made, then one line of figures to
 standard error. A prompt is taken exactly, its last line break included; without one the model
 begins a text of its own.
+"""
+
+CHAT = """examples:
+  kvjax chat --model ./a-chat-model
+  kvjax chat --model ./a-chat-model --system "Answer in verse." --temperature 0
+  kvjax chat --model ./a-chat-model --cache 'ring(4096, sinks=4)' --seed 7
+  kvjax chat --model ./a-base-model --template chat.jinja       a template of one's own
+  kvjax chat --model ./a-chat-model --json < messages.txt       one message a line, one JSON object a reply
+
+at the prompt, or in a line:
+  /retry          another reply to the last message
+  /edit N TEXT    another N-th message; what followed it is dropped
+  /undo           drops the last turn
+  /show           the conversation so far
+  /help, /quit    // begins a message with a slash
+
+What was fed stays in the cache: a turn feeds only what is new. Replies go to standard output as they
+are made, then one line of figures to standard error. Ctrl-C ends a reply and keeps what there is of it;
+at the prompt it ends the program.
 """
 
 TRANSLATE = """examples:
@@ -103,18 +123,21 @@ def build_parser() -> argparse.ArgumentParser:
     _model(generate, "--model")
     add = generate.add_argument
     add("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file")
-    add("--max-new-tokens", type=_whole(0), metavar="N", help="how many at most (default: 128, or fewer if no room)")
-    add("--temperature", type=_real(0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
-    add("--top-k", type=_whole(0, 2**31 - 1), default=0, metavar="K", help="only the K most probable (default 0: all)")
-    add("--top-p", type=_real(0, 1), default=1.0, metavar="P", help="only the most probable up to P (default 1: all)")
-    add("--seed", type=_whole(0, 0xFFFFFFFF), default=0, metavar="S", help="the same seed, the same text (default 0)")
+    _drawing(generate, least=0)
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be given more than once")
     add("--samples", type=_whole(1), default=1, metavar="N", help="texts, with seeds S, S + 1, … (default 1)")
     add("--logprobs", type=_whole(0), metavar="K", help="with --json: log-probabilities, also of the K most probable")
-    _dtype(generate)
-    add("--cache", type=_cache, metavar="KIND", help=f"{_kinds()}; default: what suits the model")
     add("--json", action="store_true", help="one JSON object instead of text and figures")
     _common(generate, write_text.run)
+
+    chat = commands.add_parser("chat", epilog=CHAT, help="talk with a model that was tuned for it")
+    _model(chat, "--model")
+    add = chat.add_argument
+    add("--system", metavar="TEXT", help="the system message (default: none, or the template's own)")
+    add("--template", metavar="FILE", help="a chat template in place of the model's own")
+    _drawing(chat, least=1)
+    add("--json", action="store_true", help="one JSON object a reply instead of text and figures")
+    _common(chat, chat_text.run)
 
     translate = commands.add_parser("translate", epilog=TRANSLATE, help="translate source texts, by beam search")
     add = translate.add_argument
@@ -162,6 +185,17 @@ def _model(parser: argparse.ArgumentParser, name: str, default: str = "shakespea
     where = f"bundled name, Hugging Face folder, or hub id (default {default})"
     positional: dict[str, Any] = {} if name.startswith("-") else {"nargs": "?"}
     parser.add_argument(name, default=default, metavar="MODEL", help=where, **positional)
+
+
+def _drawing(parser: argparse.ArgumentParser, least: int) -> None:
+    add, fewer = parser.add_argument, "how many at most (default: 128, or fewer if no room)"
+    add("--max-new-tokens", type=_whole(least), metavar="N", help=fewer)
+    add("--temperature", type=_real(0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
+    add("--top-k", type=_whole(0, 2**31 - 1), default=0, metavar="K", help="only the K most probable (default 0: all)")
+    add("--top-p", type=_real(0, 1), default=1.0, metavar="P", help="only the most probable up to P (default 1: all)")
+    add("--seed", type=_whole(0, 0xFFFFFFFF), default=0, metavar="S", help="the same seed, the same text (default 0)")
+    _dtype(parser)
+    add("--cache", type=_cache, metavar="KIND", help=f"{_kinds()}; default: what suits the model")
 
 
 def _dtype(parser: argparse.ArgumentParser) -> None:

@@ -139,16 +139,21 @@ def _lines(args: argparse.Namespace, kept_open: contextlib.ExitStack) -> tuple[I
             raise InputError("translate: standard input is closed; give TEXT or --file")
         if file is None and not args.text and sys.stdin.isatty():
             raise InputError("translate: nothing to translate; give TEXT, --file, or lines on standard input")
-        return _decoded(getattr(sys.stdin, "buffer", sys.stdin), "standard input"), None
+        return decoded(getattr(sys.stdin, "buffer", sys.stdin), "standard input"), None
     try:
         with Path(file).open("rb") as once:
             total = sum(1 for _ in once)
-        return _decoded(kept_open.enter_context(Path(file).open("rb")), file), total
+        return decoded(kept_open.enter_context(Path(file).open("rb")), file), total
     except OSError as error:
         raise InputError(f"translate: cannot read {file}: {error.strerror or error}") from error
 
 
-def _decoded(stream: IO[Any], name: str) -> Iterator[Line]:
+def decoded(stream: IO[Any], name: str) -> Iterator[Line]:
+    """Lines of bytes or text, as they come, without their line breaks.
+
+    Raises:
+        InputError: one is not UTF-8.
+    """
     for number, raw in enumerate(stream, 1):
         where = f"line {number} of {name}"
         try:
@@ -166,4 +171,4 @@ def _shown(line: Line, candidates: list[Candidate], as_json: bool, apart: bool) 
     return "\n" * apart + ("".join(rows) or "\n")  # a blank line for a blank line
 
 
-__all__ = ["run", "translated", "Line"]
+__all__ = ["run", "translated", "decoded", "Line"]

@@ -196,7 +196,7 @@ def prefill(
         InputError: shapes or dtypes are wrong, `valid` is outside 0 to S, or an id is outside the vocabulary.
         CacheError: a row's tokens do not fit the capacity (on the host; under `jit` the row is flagged).
     """
-    tokens, valid = _check_tokens("prefill", model, cache, tokens, valid)
+    tokens, valid = check_tokens("prefill", model, cache, tokens, valid)
     if is_concrete(tokens) and is_concrete(valid):  # else the columns are all that can be asked for
         size = bucket(tokens.shape[1])
         tokens = np.pad(np.asarray(tokens), ((0, 0), (0, size - tokens.shape[1])))
@@ -340,7 +340,13 @@ def check_logits(name: str, cache: Cache, logits: Array) -> None:
         raise InputError(f"{name}: logits {list(logits.shape)} must be [B, V] for a batch of {cache.batch}")
 
 
-def _check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any) -> tuple[Any, Any]:
+def check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any) -> tuple[Any, Any]:
+    """`tokens[B, S]` and `valid[B]` as int32.
+
+    Raises:
+        InputError: shapes or dtypes are wrong, `valid` is outside 0 to S, or an id is outside the vocabulary.
+        CacheError: a row's tokens do not fit.
+    """
     tokens = whole(f"{name}: tokens", tokens)
     tokens = np.asarray(tokens) if is_concrete(tokens) else tokens
     if tokens.ndim != 2 or tokens.shape[0] != cache.batch:

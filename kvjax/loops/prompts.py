@@ -68,8 +68,8 @@ def limits_of(model: Model, ids: list[list[int]], max_new_tokens: Any, usual: An
     return np.minimum(limits, np.iinfo(np.int32).max).astype(np.int32)
 
 
-def encode(lm: LM | Model, prompts: Any) -> list[list[int]]:
-    """Ids of each prompt.
+def encode(lm: LM | Model, prompts: Any, name: str = "generate") -> list[list[int]]:
+    """Ids of each prompt; errors say that they come from `name`.
 
     Raises:
         InputError: there is none, or one is empty, no text and no ids, or has ids outside the vocabulary.
@@ -79,16 +79,16 @@ def encode(lm: LM | Model, prompts: Any) -> list[list[int]]:
     for row, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
         if isinstance(prompt, str):
             if not prompt and model.encode is not None:
-                raise InputError(f"generate: prompt {row} is empty; a source needs at least one token")
-            tokenizer, text = _with_tokenizer(lm, f"prompt {row}"), prompt
+                raise InputError(f"{name}: prompt {row} is empty; a source needs at least one token")
+            tokenizer, text = with_tokenizer(lm, f"prompt {row}", name), prompt
             prompt = tokenizer.encode(text)
             if model.encode is not None and not tokenizer.encode_bare(text):
-                raise InputError(f"generate: prompt {row}, {text[:40]!r}, has nothing the tokenizer knows")
+                raise InputError(f"{name}: prompt {row}, {text[:40]!r}, has nothing the tokenizer knows")
         if np.size(prompt) == 0:
-            raise InputError(f"generate: prompt {row} is empty; give at least one id")
-        rows.append(_ids(f"prompt {row}", prompt, vocab))
+            raise InputError(f"{name}: prompt {row} is empty; give at least one id")
+        rows.append(ids_of(f"prompt {row}", prompt, vocab, name))
     if not rows:
-        raise InputError("generate: prompts is empty")
+        raise InputError(f"{name}: prompts is empty")
     return rows
 
 
@@ -112,8 +112,8 @@ def targets_of(lm: LM | Model, target: Any, rows: int) -> list[list[int]]:
     found = []
     for row, forced in enumerate(each):
         if isinstance(forced, str):
-            forced = _with_tokenizer(lm, f"target {row}").encode_target(forced)
-        more = _ids(f"target {row}", forced, model_of(lm).vocab_size) if np.size(forced) else []
+            forced = with_tokenizer(lm, f"target {row}").encode_target(forced)
+        more = ids_of(f"target {row}", forced, model_of(lm).vocab_size) if np.size(forced) else []
         found.append([*getattr(lm, "start_ids", ()), *more])
         if not found[-1]:
             raise InputError(
@@ -134,11 +134,11 @@ def more_of(lm: LM | Model, prompts: Any, rows: int) -> list[list[int]]:
     model, found = model_of(lm), []
     for row, given in enumerate(each):
         if isinstance(given, str):
-            tokenizer = _with_tokenizer(lm, f"prompt {row}")
+            tokenizer = with_tokenizer(lm, f"prompt {row}")
             given = tokenizer.encode_bare(given) if model.encode is None else tokenizer.encode_target(given)
         if np.size(given) == 0:
             raise InputError(f"generate: prompt {row} is empty; give at least one id to follow after")
-        found.append(_ids(f"prompt {row}", given, model.vocab_size))
+        found.append(ids_of(f"prompt {row}", given, model.vocab_size))
     return found
 
 
@@ -157,29 +157,39 @@ def stop_at_of(lm: LM | Model, stop: Any) -> tuple[str | tuple[int, ...], ...]:
     found: list[str | tuple[int, ...]] = []
     for i, each in enumerate(every):
         if isinstance(each, str):
-            _with_tokenizer(lm, f"stop {i}")
+            with_tokenizer(lm, f"stop {i}")
         elif not isinstance(each, lists):
             raise InputError(f"generate: stop {i} must be a str or a list of ids, not {each!r}")
         if not len(each):
             raise InputError(f"generate: stop {i} is empty")
-        found.append(each if isinstance(each, str) else tuple(_ids(f"stop {i}", each, model_of(lm).vocab_size)))
+        found.append(each if isinstance(each, str) else tuple(ids_of(f"stop {i}", each, model_of(lm).vocab_size)))
     return tuple(found)
 
 
-def _with_tokenizer(lm: LM | Model, what: str) -> Tokenizer:
+def with_tokenizer(lm: LM | Model, what: str, name: str = "generate") -> Tokenizer:
+    """The tokenizer.
+
+    Raises:
+        InputError: a bare `Model` has none; names `what`.
+    """
     if not isinstance(lm, LM):
-        raise InputError(f"generate: {what} is text, but a bare Model has no tokenizer; give ids")
+        raise InputError(f"{name}: {what} is text, but a bare Model has no tokenizer; give ids")
     return lm.text_tokenizer()
 
 
-def _ids(what: str, given: Any, vocab: int | None) -> list[int]:
+def ids_of(what: str, given: Any, vocab: int | None, name: str = "generate") -> list[int]:
+    """Ids as a list.
+
+    Raises:
+        InputError: no ids, or one outside the vocabulary; names `what`.
+    """
     ids = np.asarray(given)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(f"generate: {what} must be text or a list of ids, not {ids.dtype}{list(ids.shape)}")
+        raise InputError(f"{name}: {what} must be text or a list of ids, not {ids.dtype}{list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= (vocab or 2**31):
         bad = int(ids.min() if ids.min() < 0 else ids.max())
         known = "ids are 0 or more, and int32" if vocab is None else f"the vocabulary has {vocab} ids"
-        raise InputError(f"generate: {what} has id {bad}, {known}")
+        raise InputError(f"{name}: {what} has id {bad}, {known}")
     return ids.astype(np.int64).tolist()
 
 
@@ -207,5 +217,7 @@ __all__ = [
     "limits_of",
     "beyond",
     "padded",
+    "with_tokenizer",
+    "ids_of",
     "fed",
 ]

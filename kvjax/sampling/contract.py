@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -91,19 +92,31 @@ def number(name: str, argument: str, value: Any, dtype: Any, good: Any) -> Array
     return x
 
 
-def per_row(value: Array, logits: Array, text: Text | None = None) -> Array:
-    """`[B, 1]`, what a filter has for each row: one for all, one a row, or one a prompt where rows are copies.
+def of_rows(value: Array, rank: int, logits: Array, text: Text | None = None) -> Array:
+    """`[B, …]`, what a filter has for each row: one for all, one a row, or one a prompt where rows are copies.
+
+    Args:
+        value: of `rank` axes for all rows, or of one more before them.
+        rank: see `value`.
+        logits: `[B, V]`.
+        text: says how many rows are of one prompt.
 
     Raises:
         InputError: as many as there are neither rows nor prompts.
     """
     rows = logits.shape[0]
-    if value.ndim and value.shape[0] != rows:
+    value = value[None] if value.ndim == rank else value
+    if value.shape[0] not in (1, rows):
         copies = 1 if text is None else text.copies
         if value.shape[0] * copies != rows:
             raise InputError(f"sampler: {value.shape[0]} values for {rows // copies} rows")
-        value = jnp.repeat(value, copies)
-    return jnp.broadcast_to(value, (rows,))[:, None]
+        value = jnp.repeat(value, copies, axis=0)
+    return jnp.broadcast_to(value, (rows, *value.shape[1:]))
+
+
+def per_row(value: Array, logits: Array, text: Text | None = None) -> Array:
+    """`[B, 1]`, a number of a filter for each row; see `of_rows`."""
+    return of_rows(value, 0, logits, text)[:, None]
 
 
 def id_list(name: str, ids: Any) -> np.ndarray:
@@ -116,6 +129,8 @@ def id_list(name: str, ids: Any) -> np.ndarray:
     Raises:
         InputError: no list of ids.
     """
+    if not hasattr(ids, "__len__") or isinstance(ids, str | bytes):
+        raise InputError(f"{name} must be a list of ids, not {ids!r}")
     given = np.asarray(whole(name, list(ids), ((len(ids),),))) if len(ids) else np.zeros((0,), np.int32)
     if (given < 0).any():
         raise InputError(f"{name} has id {given.min()}, ids are 0 or more")
@@ -125,9 +140,52 @@ def id_list(name: str, ids: Any) -> np.ndarray:
     return found
 
 
+def id_lists(name: str, ids: Any) -> Array:
+    """`[n]` int32 of one list for all rows, or `[B, n]` of a list of lists, one a row; see `id_list`."""
+    ids = np.asarray(ids) if hasattr(ids, "dtype") else ids
+    if not hasattr(ids, "__len__") or not len(ids) or not all(np.iterable(each) for each in ids):
+        return jnp.asarray(id_list(name, ids))
+    return jnp.asarray(stacked([id_list(f"{name}: row {row}", each) for row, each in enumerate(ids)], -1))
+
+
+def stacked(rows: list[np.ndarray], rest: float) -> np.ndarray:
+    """`[B, n]` of rows `[n]` of different n, with `rest` at their ends."""
+    longest = max(len(row) for row in rows)
+    return np.stack([np.pad(row, (0, longest - len(row)), constant_values=rest) for row in rows])
+
+
+def bias(name: str, value: Any) -> float:
+    """What is added to a logit.
+
+    Raises:
+        InputError: it is neither finite nor -inf.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value < np.inf:
+        raise InputError(f"{name} must be a finite number, or -inf for never; not {value!r}")
+    return float(value)
+
+
 def among(ids: Array, vocab: int) -> Array:
     """`[V]` bool, which of the vocabulary are among `ids[n]`, -1 for none; ids past it are nothing."""
     return jnp.zeros((vocab,), bool).at[jnp.where(ids < 0, vocab, ids)].set(True, mode="drop")
 
 
-__all__ = ["Text", "Filter", "Sampler", "text_of", "number", "per_row", "id_list", "among"]
+def marked(ids: Array, logits: Array, text: Text | None = None) -> Array:
+    """`[B, V]` bool, or `[1, V]`, which are among `ids[n]`, or among those of a row, `[B, n]`; see `among`."""
+    if ids.ndim == 1:
+        return among(ids, logits.shape[1])[None]
+    return jax.vmap(among, (0, None))(of_rows(ids, 1, logits, text), logits.shape[1])
+
+
+def never(which: Array, logits: Array) -> Array:
+    """`logits[B, V]` with -inf `which[B, V]` says so."""
+    return jnp.where(which, jnp.asarray(-jnp.inf, logits.dtype), logits)
+
+
+def wide(logits: Array) -> Array:
+    """`logits` in at least float32; a filter computes in it, and gives back the dtype that it got."""
+    return logits.astype(jnp.promote_types(jnp.float32, logits.dtype))
+
+
+__all__ = ["Text", "Filter", "Sampler", "text_of", "number", "of_rows", "per_row", "id_list", "id_lists", "stacked"]
+__all__ += ["bias", "among", "marked", "never", "wide"]
