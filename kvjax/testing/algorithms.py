@@ -147,7 +147,7 @@ class Ranked:
         starts = np.asarray(cache.lengths)
         # Loops of `generate` use up what they are given.
         cache, logits = jax.tree.map(jnp.copy, (cache, logits))
-        wanted = Wanted(starts + np.int32(self.steps), _stops(self))
+        wanted = Wanted(starts + np.int32(self.steps), starts, _stops(self))
         state = self.algorithm.begin(loop.Progress.begin(cache, logits, starts=starts), wanted)
         while state.look()[1].any():
             state = state.advance(model, loop.ALL)
