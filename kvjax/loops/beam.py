@@ -290,8 +290,9 @@ class Beam:
 def beam(width: int, *, length_penalty: float = 1.0, early_stopping: bool = False, returned: int = 1) -> Beam:
     """Beam search, for `generate(algorithm=…)`: the rules and scores of Hugging Face Transformers.
 
-    What a folder's generation_config.json asks besides (a forced last token, no repeated n-grams, least lengths, a
-    penalty) is not applied; give the penalty yourself.
+    What a folder's generation_config.json asks of every text (`LM.filters`: a forced last token, no repeated n-grams,
+    least lengths and so on) is applied, to log-probabilities as there; its `num_beams`, `length_penalty` and
+    `early_stopping` are not: give them yourself.
 
     Only `width` compiles. A width above the vocabulary's size is fine: there are as many beams as there are texts.
 
