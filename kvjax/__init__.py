@@ -11,6 +11,7 @@ from kvjax.caching import branched, cache_nbytes, encode, init_cache
 from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
+from kvjax.loops.beam import beam
 from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.generated import Generated
