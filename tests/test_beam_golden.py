@@ -85,9 +85,10 @@ def test_the_file_shows_what_could_differ():
         assert sum(min(len(x["tokens"]) for x in run["found"]) < NEW for run in runs) == 5
 
 
-FULL = pytest.mark.full
+LLAMA = "llama_tied_theta"
+OTHERS = (caches.ring(64), caches.paged(8), caches.paged(4, share=4), caches.layer_input())
 EACH = pytest.mark.parametrize(
-    "name", [n if n in ("llama_tied_theta", "t5") else pytest.param(n, marks=FULL) for n in MODELS]
+    "name", [name if name == LLAMA else pytest.param(name, marks=pytest.mark.full) for name in MODELS]
 )
 
 
@@ -98,9 +99,7 @@ def test_beams_and_scores_are_those_of_transformers(name, models):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "plan", [caches.ring(64), caches.paged(8), caches.paged(4, share=4), caches.layer_input()], ids=str
-)
+@pytest.mark.parametrize("plan", OTHERS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_so_are_those_of_other_kinds_of_cache(name, plan, models):
     for run in runs_of(name):
