@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,7 @@ import pytest
 from models import ONE_LAYER, prompt_ids, tiny
 
 import kvjax
-from kvjax import CheckpointError, InputError, caches
-from kvjax import lm as lm_module
+from kvjax import InputError, caches, sampling
 from kvjax.loops.prompts import limits_of
 from kvjax.ops.positions import Learned
 from kvjax.timing import Compilations
@@ -124,7 +122,7 @@ def test_the_next_bucket_of_sources_compiles_three_programs():
 @pytest.mark.full
 def test_tokens_that_are_never_chosen_are_not_and_the_others_keep_their_probabilities():
     never = tuple(dict.fromkeys(int(i) for i in generate().tokens[:, :4].ravel()))
-    lm = dataclasses.replace(LM, never_ids=never)
+    lm = dataclasses.replace(LM, filters=(sampling.banned(never),))
 
     def score(row, text):
         found = recomputed(row, text).copy()
@@ -137,18 +135,6 @@ def test_tokens_that_are_never_chosen_are_not_and_the_others_keep_their_probabil
         want, _ = plain_beams.beam_search([3], STEPS, 3, functools.partial(score, row))
         assert [x.tokens for x in made] == [text for text, _ in want]
         np.testing.assert_allclose([x.score for x in made], [s for _, s in want], atol=SUMS)
-
-
-def test_bad_words_of_one_token_are_read_and_longer_ones_are_not(tmp_path):
-    with pytest.warns(UserWarning, match=r"\[1, 2\] may be written"):
-        assert lm_module._never(tmp_path, {"bad_words_ids": [[7], [1, 2], [9]]}) == (7, 9)
-    assert lm_module._never(tmp_path, {"bad_words_ids": None}) == lm_module._never(tmp_path, {}) == ()
-    (tmp_path / "generation_config.json").write_text('{"bad_words_ids": [[5]]}')
-    assert lm_module._never(tmp_path, {"bad_words_ids": [[7]]}) == (5,)
-    for wrong in ([7], 7, [["a"]], [[1.5]]):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"bad_words_ids": wrong}))
-        with pytest.raises(CheckpointError, match="bad_words_ids must be"):
-            lm_module._never(tmp_path, {})
 
 
 @pytest.mark.full

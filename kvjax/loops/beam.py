@@ -60,6 +60,10 @@ def beam(
 ) -> Beam:
     """Beam search, for `generate(algorithm=…)`: the rules and scores of Hugging Face Transformers.
 
+    What a folder's generation_config.json asks of every text (`LM.filters`: a forced last token, no repeated n-grams,
+    least lengths and so on) is applied, to log-probabilities as there; its `num_beams`, `length_penalty` and
+    `early_stopping` are not: give them yourself.
+
     A prompt is kept once for all its beams, and only what they add moves. Only `width` and the kinds of filters
     compile. A width above the vocabulary's size is fine: there are as many beams as there are texts.
 
