@@ -17,6 +17,7 @@ import kvjax
 from kvjax import CacheError, InputError, caches, codecs
 from kvjax.caches.base import Cache
 from kvjax.loops import beam as loop
+from kvjax.loops import search as search_of
 from kvjax.timing import Compilations
 
 MODEL, WIDTH = tiny(ONE_LAYER_WINDOWED), 3
@@ -142,7 +143,7 @@ def test_a_search_that_moves_no_cache_is_found(monkeypatch):
         return self._rows(beams, "reorder").replace(layers=self.layers)
 
     monkeypatch.setattr(Cache, "reorder", still)
-    fresh = jax.jit(lambda *args, chunk: loop._search(*args, chunk=chunk), static_argnames="chunk")
+    fresh = jax.jit(lambda *args, chunk: search_of._search(*args, chunk=chunk), static_argnames="chunk")
     monkeypatch.setattr(loop, "DONATING", fresh)
     assert not agrees(search(stop_ids=STOPS))[0]
 
@@ -218,13 +219,13 @@ def test_a_loop_of_ones_own_grows_when_a_row_is_full_and_finds_the_same():
     want = search(stop_ids=STOPS)
     ids, lengths = prompt_ids(4), np.array([16, 7, 1])
     logits, cache = kvjax.prefill(MODEL, kvjax.init_cache(MODEL, RING, batch=3, capacity=17), ids, lengths)
-    beams = kvjax.Beams.begin(cache, logits, width=WIDTH, max_new_tokens=np.array(BUDGETS))
+    beams = kvjax.Beams.begin(cache, logits, width=WIDTH, max_new_tokens=np.array(BUDGETS), room=4)
     looks = 0
     while not np.asarray(beams.done).all():
-        if (~np.asarray(beams.done) & (np.asarray(beams.reached) >= beams.cache.capacity)).any():
-            beams = beams.resize(2 * beams.cache.capacity)
+        if (~np.asarray(beams.done) & (np.asarray(beams.reached) >= np.asarray(beams.room))).any():
+            beams = beams.resize(beams.cache.doubled)
         beams, looks = kvjax.beam_search(MODEL, beams, stop_ids=(*STOPS, *STOPS), chunk=4), looks + 1
-    assert looks >= 2 and beams.cache.capacity > 17 and cache.check().lengths.tolist() == [16, 7, 1]
+    assert looks >= 3 and beams.cache.capacity == 17 + 32 and cache.check().lengths.tolist() == [16, 7, 1]
     for row, made in enumerate(want.candidates):
         texts, sizes = np.asarray(beams.texts[row]), np.asarray(beams.lengths[row])
         assert [x[lengths[row] : n].tolist() for x, n in zip(texts, sizes, strict=True)] == [x.tokens for x in made]
@@ -244,7 +245,7 @@ def test_generate_grows_its_cache_and_goes_on_from_a_prefix():
 
 @pytest.mark.full
 def test_a_pool_that_is_exhausted_raises():
-    with pytest.raises(CacheError, match="3 rows are one prompt: row 6.*pool"):
+    with pytest.raises(CacheError, match="prompt 2, beam 0 .*pool"):
         search(plan=caches.paged(16, pages=6), max_new_tokens=30)
 
 
@@ -260,10 +261,12 @@ def test_mistakes_are_errors_before_anything_runs():
         ({"width": True}, "width"),
         ({"width": 2, "returned": 3}, "returned must be a whole number from 1 to the width 2"),
         ({"width": 2, "length_penalty": float("nan")}, "length_penalty"),
-        ({"width": 2, "early_stopping": "never"}, "early_stopping"),
+        ({"width": 2, "early_stopping": "always"}, "True, False or \"never\", not 'always'"),
+        ({"width": 2, "early_stopping": 1}, "early_stopping"),
+        ({"width": 2, "filters": [kvjax.sampling.greedy()]}, "is no filter"),
     ):
         with pytest.raises(InputError, match=message):
             kvjax.beam(**wrong)
-    with pytest.raises(InputError, match="sampler and seed"):
+    with pytest.raises(InputError, match="sampler, seed and samples"):
         search(seed=1)
     assert hash(kvjax.beam(4)) == hash(kvjax.beam(4))

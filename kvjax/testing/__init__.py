@@ -4,7 +4,7 @@ Needs no test runner. `import kvjax` does not import it; `kvjax.testing` does.
 """
 
 from kvjax.testing import mutants
-from kvjax.testing.algorithms import greedy, sampled
+from kvjax.testing.algorithms import beam, greedy, sampled, until
 from kvjax.testing.cases import Case
 from kvjax.testing.contract import REFUSED, SuiteReport, run_suite, suite
 from kvjax.testing.equivalence import Report, against, check_equivalence
@@ -13,6 +13,8 @@ __all__ = [
     "check_equivalence",
     "greedy",
     "sampled",
+    "until",
+    "beam",
     "against",
     "Report",
     "Case",

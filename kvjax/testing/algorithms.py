@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax import sampling
 from kvjax.errors import InputError
-from kvjax.loops.decode import decode, prefill, step
+from kvjax.loops import decode as loop
+from kvjax.loops.algorithms import Wanted
+from kvjax.loops.beam import Beam
+from kvjax.loops.beam import beam as public_beam
+from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.model import Model
+from kvjax.sampling import Text
+from kvjax.sampling.drawing import filtered
+from kvjax.stopping import stops_of
 from kvjax.types import Array
+
+Scored = Callable[[list[int]], tuple[np.ndarray, float]]
+"""Of new tokens so far, recomputed from scratch: what an algorithm compares next, `[V]`, and the largest logit."""
+
+
+class Made(NamedTuple):
+    """What an algorithm made.
+
+    Args:
+        tokens: `[R, steps]` int32, new tokens of each row, -1 after its last; R is `copies` for each prompt.
+        scores: `[R]`, of an algorithm that ranks texts: that of each row's best, which `tokens` are; else None.
+    """
+
+    tokens: np.ndarray
+    scores: np.ndarray | None = None
 
 
 class Algorithm(Protocol):
-    """Makes tokens; anything with a name and these two functions is one."""
+    """Makes tokens; anything with these is one."""
 
     @property
     def name(self) -> str:
@@ -25,73 +48,241 @@ class Algorithm(Protocol):
 
     @property
     def steps(self) -> int:
-        """New tokens a row."""
+        """New tokens a row, at most."""
 
-    def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
-        """From a prefilled cache and its logits: new tokens `[B, steps]`, and the logits after the last."""
+    @property
+    def copies(self) -> int:
+        """Rows that it makes of each prompt."""
 
-    def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
-        """What it compares when it chooses the token after `length` tokens: `[B, V]` from logits `[B, V]`."""
+    def run(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
+        """From a prefilled cache and its logits, which it may use up; `seeds` are those of its rows."""
+
+    def scores(self, logits: Array, text: Text, seeds: np.ndarray) -> Array:
+        """What it compares when it chooses the next token: `[R, V]` from logits `[R, V]` after `text`."""
+
+    def gap(self, scored: Scored, want: list[int], got: list[int]) -> tuple[float, float]:
+        """How far apart two choices are that differ, and the largest logit there."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Greedy:
-    """See `greedy`."""
+class Drawn:
+    """See `greedy` and `sampled`."""
 
+    name: str
     steps: int
-    scan: bool
-    name: str = "greedy"
-    sampler: Any = dataclasses.field(default_factory=sampling.greedy)
+    sampler: Any
+    scan: bool = True
+    copies: int = 1
 
-    def tokens(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> tuple[np.ndarray, Array]:
+    def run(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
         """See `Algorithm`."""
+        if self.copies > 1:
+            cache, logits = cache.fork(self.copies), jnp.repeat(logits, self.copies, axis=0)
+        return self.loop(model, cache, logits, seeds)
+
+    def loop(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
+        """All rows, one token after the other."""
         if self.scan:
-            made, logits, cache = decode(model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds)
+            made, _, cache = decode(model, cache, logits, steps=self.steps, sampler=self.sampler, seed=seeds)
         else:
-            made, logits, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
+            made, _, cache = step_loop(model, cache, logits, self.steps, self.sampler, seeds)
         cache.check()
-        return np.asarray(made), logits
+        return Made(np.asarray(made))
 
-    def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
+    def scores(self, logits: Array, text: Text, seeds: np.ndarray) -> Array:
         """See `Algorithm`."""
-        return logits
+        keys = sampling.position_keys(sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), text.lengths)
+        return self.sampler.scores(logits, keys, text)
+
+    def gap(self, scored: Scored, want: list[int], got: list[int]) -> tuple[float, float]:
+        """See `Algorithm`: the scores of the first two tokens that differ; of an end and none there is no tie."""
+        at = first_difference(want, got)
+        scores, top = scored(want[:at])
+        if at >= min(len(want), len(got)):
+            return float("inf"), top
+        return abs(float(scores[want[at]]) - float(scores[got[at]])), top
 
 
-class Sampled(Greedy):
-    """See `sampled`."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Until(Drawn):
+    """See `until`."""
 
-    def scores(self, logits: Array, length: int, seeds: np.ndarray) -> Array:
+    stop_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+
+    def loop(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
+        """See `Drawn`."""
+        begun = np.asarray(cache.lengths)
+        done = decode_until(
+            model,
+            cache,
+            logits,
+            max_new_tokens=self.steps,
+            stop_ids=self.stop_ids,
+            stop_sequences=self.stop_sequences,
+            sampler=self.sampler,
+            seed=seeds,
+        ).cache.check()
+        texts = zip(np.asarray(done.tokens), begun, np.asarray(done.lengths), strict=True)
+        return Made(table([row[start:end].tolist() for row, start, end in texts], self.steps))
+
+    def scores(self, logits: Array, text: Text, seeds: np.ndarray) -> Array:
         """See `Algorithm`."""
-        keys = sampling.position_keys(sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), jnp.full(len(seeds), length))
-        return self.sampler.scores(logits, keys)
+        return super().scores(logits, text.replace(stops=_stops(self).ids), seeds)
 
 
-def greedy(steps: int = 64, *, scan: bool = True) -> Greedy:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranked:
+    """See `beam`."""
+
+    name: str
+    steps: int
+    algorithm: Any
+    stop_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    copies: int = 1
+
+    def run(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
+        """See `Algorithm`."""
+        starts = np.asarray(cache.lengths)
+        # Loops of `generate` use up what they are given.
+        cache, logits = jax.tree.map(jnp.copy, (cache, logits))
+        wanted = Wanted(starts + np.int32(self.steps), starts, _stops(self))
+        state = self.algorithm.begin(loop.Progress.begin(cache, logits, starts=starts), wanted)
+        while state.look()[1].any():
+            state = state.advance(model, loop.ALL)
+        best = [row[0] for row in state.ranked() or ()]
+        texts = [text[start:] for (text, _), start in zip(best, starts, strict=True)]
+        return Made(table(texts, self.steps), np.asarray([score for _, score in best]))
+
+    def scores(self, logits: Array, text: Text, seeds: np.ndarray) -> Array:
+        """See `Algorithm`: what each next token adds to the sum of a text."""
+        each = jax.nn.log_softmax(logits.astype(jnp.promote_types(jnp.float32, logits.dtype)), axis=-1)
+        return filtered(tuple(getattr(self.algorithm, "filters", ())), each, text.replace(stops=_stops(self).ids))
+
+    def gap(self, scored: Scored, want: list[int], got: list[int]) -> tuple[float, float]:
+        """See `Algorithm`: the scores of two whole texts."""
+        (first, top), (second, other) = self._value(scored, want), self._value(scored, got)
+        return abs(first - second), max(top, other)
+
+    def _value(self, scored: Scored, text: list[int]) -> tuple[float, float]:
+        found = [scored(text[:at]) for at in range(len(text))]
+        total = sum(float(scores[token]) for (scores, _), token in zip(found, text, strict=True))
+        return total / len(text) ** self.algorithm.length_penalty, max(top for _, top in found)
+
+
+def _stops(algorithm: Until | Ranked) -> Any:
+    return stops_of("testing", algorithm.stop_ids, algorithm.stop_sequences)
+
+
+def table(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """`[R, width]` int32, each row's tokens, -1 after the last."""
+    found = np.full((len(rows), width), -1, np.int32)
+    for line, row in zip(found, rows, strict=True):
+        line[: len(row)] = row
+    return found
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """Where two texts first differ: the length of what they have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def greedy(steps: int = 64, *, scan: bool = True) -> Drawn:
     """The most probable token, `steps` times; in one scan, or in a loop of `kvjax.step`."""
-    return Greedy(steps, scan, "greedy" if scan else "greedy, steps")
+    return Drawn("greedy" if scan else "greedy, steps", steps, sampling.greedy(), scan)
 
 
-def sampled(sampler: Any = None, steps: int = 64, *, scan: bool = True) -> Sampled:
+def sampled(
+    sampler: Any = None, steps: int = 64, *, scan: bool = True, samples: int = 1, name: str | None = None
+) -> Drawn:
     """Draws, `steps` times; row r of seed s is drawn with seed s + r.
 
     Args:
-        sampler: a chain of filters, None for `chain(temperature(0.9))`.
+        sampler: a `sampling.chain(…)`, or a `sampling.greedy(…)` of filters; None for `chain(temperature(0.9))`.
         steps: new tokens a row.
         scan: in one scan, or in a loop of `kvjax.step`.
+        samples: rows of each prompt, which is prefilled once and forked.
+        name: for people; None says what it does.
     """
+    usual = "sampled" if scan else "sampled, steps"
+    return Drawn(name or (usual if samples == 1 else f"{samples} samples"), steps, _sampler(sampler), scan, samples)
+
+
+def until(
+    sampler: Any = None,
+    steps: int = 64,
+    *,
+    stop_ids: Sequence[int] = (),
+    stop_sequences: Sequence[Sequence[int]] = (),
+    name: str = "until a stop",
+) -> Until:
+    """As `sampled`, in the loop that stops: ids and sequences of ids that end a row.
+
+    Args:
+        sampler: see `sampled`.
+        steps: new tokens a row, at most.
+        stop_ids, stop_sequences: see `kvjax.decode_until`.
+        name: for people.
+    """
+    sequences = tuple(tuple(each) for each in stop_sequences)
+    return Until(name, steps, _sampler(sampler), stop_ids=tuple(stop_ids), stop_sequences=sequences)
+
+
+def beam(
+    width: int,
+    steps: int = 64,
+    *,
+    stop_ids: Sequence[int] = (),
+    stop_sequences: Sequence[Sequence[int]] = (),
+    name: str | None = None,
+    **options: Any,
+) -> Ranked:
+    """Beam search as `kvjax.generate(algorithm=kvjax.beam(…))` runs it: the best text and its score.
+
+    Two best texts that differ are a tie where their scores, recomputed from scratch, are as near as tokens of a tie.
+
+    Args:
+        width: W, beams of each prompt.
+        steps: new tokens a text, at most.
+        stop_ids, stop_sequences: that end a text.
+        name: for people; None says what it does.
+        options: of `kvjax.beam`.
+    """
+    sequences = tuple(tuple(each) for each in stop_sequences)
+    return Ranked(name or f"{width} beams", steps, public_beam(width, **options), tuple(stop_ids), sequences)
+
+
+def as_algorithm(each: Any) -> Any:
+    """One of these, of what the public loops take: a sampler, or `kvjax.beam(…)`.
+
+    Raises:
+        InputError: it is none.
+    """
+    if isinstance(each, sampling.Chain | sampling.Greedy):
+        return sampled(each) if each.filters else greedy()
+    if isinstance(each, Beam):
+        return Ranked(f"{each.width} beams", 64, each)
+    if not hasattr(each, "run"):
+        raise InputError(f"testing: {each!r} is no algorithm, as testing.greedy(), a sampler or kvjax.beam(4) is")
+    return each
+
+
+def _sampler(sampler: Any) -> Any:
     chosen = sampling.chain(sampling.temperature(0.9)) if sampler is None else sampler
-    if not isinstance(chosen, sampling.Chain):
-        raise InputError(f"testing.sampled: sampler must be a sampling.chain(…), not {sampler!r}")
-    return Sampled(steps, scan, "sampled" if scan else "sampled, steps", chosen)
+    if not isinstance(chosen, sampling.Chain | sampling.Greedy):
+        raise InputError(f"testing: sampler must be a sampling.chain(…) or a sampling.greedy(…), not {sampler!r}")
+    return chosen
 
 
 def step_loop(
     model: Model, cache: Any, logits: Array, steps: int, sampler: Any, seeds: np.ndarray
 ) -> tuple[Any, Array, Any]:
     """What `kvjax.decode` does in one scan, as a loop of `kvjax.step`: tokens `[B, steps]`, logits and the cache."""
-    keys, found = sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), []
+    keys, found, starts = sampling.row_keys(jnp.asarray(seeds, jnp.uint32)), [], cache.lengths
     for _ in range(steps):
-        found.append(sampler(logits, sampling.position_keys(keys, cache.lengths)))
+        text = Text(cache.tokens, cache.lengths, starts, starts + steps, jnp.zeros(0, jnp.int32))
+        found.append(sampler(logits, sampling.position_keys(keys, cache.lengths), text))
         logits, cache = step(model, cache, found[-1])
     return np.stack(found, axis=1), logits, cache
 
@@ -119,4 +310,20 @@ def cuts_of(longest: int) -> tuple[tuple[int, ...], ...]:
     return tuple(dict.fromkeys(cut for cut in made if sum(cut) == longest))
 
 
-__all__ = ["Algorithm", "Greedy", "Sampled", "greedy", "sampled", "step_loop", "fed_in_chunks", "cuts_of"]
+__all__ = [
+    "Algorithm",
+    "Made",
+    "Drawn",
+    "Until",
+    "Ranked",
+    "greedy",
+    "sampled",
+    "until",
+    "beam",
+    "as_algorithm",
+    "table",
+    "first_difference",
+    "step_loop",
+    "fed_in_chunks",
+    "cuts_of",
+]

@@ -7,8 +7,9 @@ largest logit; ties are listed, and are at most 1 in 10,000 tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from kvjax.caching import init_cache
 from kvjax.errors import InputError
 from kvjax.loops.decode import bucket, prefill, step
 from kvjax.model import Model, forward
-from kvjax.testing.algorithms import Algorithm, cuts_of, fed_in_chunks, greedy, sampled
+from kvjax.sampling import Text
+from kvjax.testing.algorithms import Made, as_algorithm, cuts_of, fed_in_chunks, first_difference, greedy, sampled
 from kvjax.types import Array
 
 TIE, TIES, DISTINCT, SEEDS = 1e-5, 10_000, 16, (0, 1, 2)
@@ -47,8 +49,8 @@ class Difference:
 
     Args:
         seed, row, position: of the run, in the batch, among the new tokens.
-        want, got: ids of the reference and of the plan.
-        gap: between their recomputed scores.
+        want, got: ids of the reference and of the plan, -1 for an end.
+        gap: between their recomputed scores: of the two tokens, or of two texts that were ranked.
         top: the largest recomputed logit, in magnitude.
     """
 
@@ -82,6 +84,7 @@ class Outcome:
         limit: what `worst` must not pass: 1e-12 in float64, None in other precisions.
         distinct: fewest distinct tokens in a compared row.
         least: how many there must be for the row to prove anything.
+        scores: of texts that are the same and were ranked, those whose score is not.
     """
 
     plan: str
@@ -92,6 +95,7 @@ class Outcome:
     limit: float | None
     distinct: int
     least: int
+    scores: tuple[str, ...] = ()
 
     @property
     def ties(self) -> tuple[Difference, ...]:
@@ -101,7 +105,7 @@ class Outcome:
     @property
     def wrong(self) -> tuple[str, ...]:
         """Everything that is not as promised, in words."""
-        found = [str(each) for each in self.differences if not each.tie]
+        found = [*(str(each) for each in self.differences if not each.tie), *self.scores]
         if len(self.ties) * TIES > self.tokens:
             found.append(f"{len(self.ties)} ties in {self.tokens} tokens are more than 1 in {TIES}")
         if self.limit is not None and not self.worst <= self.limit:
@@ -153,14 +157,10 @@ class Report:
         return "\n".join(lines)
 
 
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
 def check_equivalence(
     model: Model,
     plans: Any,
-    algorithms: Sequence[Algorithm] | None = None,
+    algorithms: Sequence[Any] | None = None,
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     seeds: Sequence[int] = SEEDS,
@@ -177,7 +177,9 @@ def check_equivalence(
         model: any `Model`.
         plans: a list of plans, or a dict from names to plans; each a kind, a tuple with one a layer, None for the
             default, or `testing.against(plan, reference)`.
-        algorithms: `testing.greedy()`, `testing.sampled()`, or anything like `testing.Algorithm`; None is these two.
+        algorithms: what the public loops take, a sampler or `kvjax.beam(4)`; or with numbers of their own
+            `testing.greedy()`, `sampled()`, `until()`, `beam()`, or anything like `testing.Algorithm`. None is greedy
+            and sampled.
         prompts: a batch of lists of ids; None draws random ids, 16, 7 and 1 in a row, anew for each seed.
         seeds: of prompts that are drawn and of sampling. The promise is made for 0, 1 and 2.
         splits: ways to cut the prompts into chunks of so many tokens; None is whole, in two uneven pieces, in three,
@@ -193,7 +195,7 @@ def check_equivalence(
         InputError: no plans, or an empty prompt.
     """
     named = _named(plans)
-    chosen = (greedy(), sampled()) if algorithms is None else tuple(algorithms)
+    chosen = (greedy(), sampled()) if algorithms is None else tuple(as_algorithm(each) for each in algorithms)
     if not named or not chosen:
         raise InputError("check_equivalence: give at least one plan and one algorithm")
     rows = 1 if source is None else source.lengths.shape[0]
@@ -214,12 +216,15 @@ def check_equivalence(
     return Report(tuple(found))
 
 
-class _One:
+class _One(NamedTuple):
     """What one run of a plan gave."""
 
-    def __init__(self, tokens: int, differences: list[Difference], worst: float, distinct: int, dtype: Any) -> None:
-        self.tokens, self.differences, self.worst = tokens, differences, worst
-        self.distinct, self.dtype = distinct, dtype
+    tokens: int
+    differences: list[Difference]
+    scores: list[str]
+    worst: float
+    distinct: int
+    dtype: Any
 
 
 def _outcome(plan: str, algorithm: str, runs: list[_One], least: int) -> Outcome:
@@ -232,12 +237,13 @@ def _outcome(plan: str, algorithm: str, runs: list[_One], least: int) -> Outcome
         1e-12 if all(run.dtype == jnp.float64 for run in runs) else None,
         min(run.distinct for run in runs),
         least,
+        tuple(each for run in runs for each in run.scores),
     )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Run:
-    """One algorithm on one batch of prompts."""
+    """One algorithm on one batch of prompts; it may make several rows of each."""
 
     model: Model
     algorithm: Any
@@ -249,7 +255,7 @@ class _Run:
 
     @property
     def seeds(self) -> np.ndarray:
-        return (self.seed + np.arange(len(self.ids))).astype(np.uint32)
+        return (self.seed + np.arange(len(self.ids) * self.algorithm.copies)).astype(np.uint32)
 
     @property
     def capacity(self) -> int:
@@ -264,49 +270,67 @@ class _Run:
         cache = init_cache(self.model, plan, batch=batch, capacity=self.capacity, source=self.source, cross=cross)
         return fed_in_chunks(self.model, cache, self.ids, self.lengths, cut)
 
-    def reference(self, plan: Any) -> tuple[np.ndarray, np.ndarray]:
-        """New tokens, and logits of every position over them."""
+    def made(self, plan: Any, cross: Any, cut: Sequence[int]) -> Made:
+        logits, cache = self.prefilled(plan, cross, cut)
+        return self.algorithm.run(self.model, cache, logits, self.seeds)
+
+    def reference(self, plan: Any) -> tuple[Made, np.ndarray]:
+        """What it made, and logits of every position over each prompt's first row of that."""
         whole = (self.ids.shape[1],)
-        logits, cache = self.prefilled(plan, self.recomputed, whole)
-        tokens, _ = self.algorithm.tokens(self.model, cache, logits, self.seeds)
-        return tokens, self.taught(plan, self.recomputed, tokens, whole)
+        made = self.made(plan, self.recomputed, whole)
+        return made, self.taught(plan, self.recomputed, made.tokens, whole)
 
     def taught(self, plan: Any, cross: Any, tokens: np.ndarray, cut: Sequence[int]) -> np.ndarray:
-        """Logits `[1 + steps, B, V]` after the prompt and after each of the new tokens."""
+        """Logits `[1 + steps, B, V]` after the prompt and after each new token; zeros are fed after a row's last."""
         logits, cache = self.prefilled(plan, cross, cut)
         found = [np.asarray(logits)]
-        for each in tokens.T:
+        for each in np.maximum(tokens[:: self.algorithm.copies], 0).T:
             logits, cache = step(self.model, cache, each)
             found.append(np.asarray(logits))
         return np.stack(found)
 
-    def compare(self, plan: Any, reference: Any, wanted: tuple[np.ndarray, np.ndarray], cut: Sequence[int]) -> _One:
+    def compare(self, plan: Any, reference: Any, wanted: tuple[Made, np.ndarray], cut: Sequence[int]) -> _One:
         want, logits = wanted
-        start, cache = self.prefilled(plan, self.cross, cut)
-        got, _ = self.algorithm.tokens(self.model, cache, start, self.seeds)
-        mine = self.taught(plan, self.cross, want, cut)
-        worst = float(np.max(np.abs(mine - logits)) / (np.max(np.abs(logits)) or 1))
-        tokens, differences = 0, []
-        for row in range(len(want)):
-            different = np.flatnonzero(want[row] != got[row])
-            tokens += want.shape[1] if not different.size else int(different[0]) + 1
-            if different.size:
-                at = int(different[0])
-                text = np.concatenate([self.ids[row, : self.lengths[row]], want[row, :at]])
-                scores, top = self.rescored(reference, text, row)
-                gap = abs(float(scores[want[row, at]]) - float(scores[got[row, at]]))
-                differences.append(Difference(self.seed, row, at, int(want[row, at]), int(got[row, at]), gap, top))
-        return _One(tokens, differences, worst, min(len(set(row)) for row in want.tolist()), mine.dtype)
+        got = self.made(plan, self.cross, cut)
+        mine = self.taught(plan, self.cross, want.tokens, cut)
+        high = float(np.max(np.abs(logits)))
+        tokens, distinct = 0, []
+        differences, scores = [], []
+        for row in range(len(want.tokens)):
+            a, b = ([int(token) for token in made.tokens[row] if token >= 0] for made in (want, got))
+            distinct.append(len(set(a)))
+            tokens += len(a)
+            if a != b:
+                at = first_difference(a, b)
+                tokens += at + 1 - len(a)
+                gap, top = self.algorithm.gap(functools.partial(self.rescored, reference, row), a, b)
+                x, y = (text[at] if at < len(text) else -1 for text in (a, b))
+                differences.append(Difference(self.seed, row, at, x, y, gap, top))
+            elif want.scores is not None and got.scores is not None:
+                mean, other = float(want.scores[row]), float(got.scores[row])
+                if not abs(mean - other) < TIE * high:
+                    scores.append(f"seed {self.seed}, row {row}: the same text, score {mean:.7g} became {other:.7g}")
+        return _One(
+            tokens, differences, scores, float(np.max(np.abs(mine - logits)) / (high or 1)), min(distinct), mine.dtype
+        )
 
-    def rescored(self, plan: Any, text: np.ndarray, row: int) -> tuple[np.ndarray, float]:
-        """Recomputed from scratch: what the algorithm compares after `text`, and the largest logit."""
-        size = bucket(self.capacity)
-        rows = np.tile(np.pad(text, (0, size - len(text))), (len(self.ids), 1))
+    def rescored(self, plan: Any, row: int, new: list[int]) -> tuple[np.ndarray, float]:
+        """Recomputed from scratch: what the algorithm compares after some new tokens, and the largest logit."""
+        copies, size = self.algorithm.copies, bucket(self.capacity)
+        begun = int(self.lengths[row // copies])
+        text = [*self.ids[row // copies, :begun].tolist(), *new]
+        rows = np.tile(np.pad(np.asarray(text, np.int32), (0, size - len(text))), (len(self.ids), 1))
         cross = self.recomputed
         cache = init_cache(self.model, plan, batch=len(rows), capacity=size, source=self.source, cross=cross)
         logits, _ = prefill(self.model, cache, rows, np.full(len(rows), len(text), np.int32))
-        found = self.algorithm.scores(logits, len(text), self.seeds)
-        return np.asarray(found)[row], float(jnp.max(jnp.abs(logits[row])))
+        many = len(rows) * copies
+        lengths, starts, limits = (
+            jnp.full(many, n, jnp.int32) for n in (len(text), begun, begun + self.algorithm.steps)
+        )
+        tokens = jnp.asarray(np.repeat(rows, copies, axis=0))
+        state = Text(tokens, lengths, starts, limits, jnp.zeros(0, jnp.int32), copies=copies)
+        found = self.algorithm.scores(jnp.repeat(logits, copies, axis=0), state, self.seeds)
+        return np.asarray(found)[row], float(jnp.max(jnp.abs(logits[row // copies])))
 
 
 def _batch(prompts: Sequence[Sequence[int]] | None, seed: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
