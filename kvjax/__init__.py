@@ -7,11 +7,11 @@ from kvjax import caches, donating, sampling
 from kvjax.caches import codecs
 from kvjax.caches.base import Cache
 from kvjax.caches.cross import Source
-from kvjax.caching import cache_nbytes, encode, init_cache
+from kvjax.caching import branched, cache_nbytes, encode, init_cache
 from kvjax.config import Config
 from kvjax.errors import CacheError, CheckpointError, InputError, KvjaxError
 from kvjax.lm import LM, load
-from kvjax.loops.beam import Beams, beam, beam_search
+from kvjax.loops.beam import beam
 from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.generated import Generated
@@ -19,6 +19,7 @@ from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
 from kvjax.loops.scores import Scored, Scores, score
 from kvjax.loops.scoring import Likelihood, loglikelihood
+from kvjax.loops.search import Beams, beam_search
 from kvjax.loops.windows import Perplexity, perplexity
 from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
@@ -66,6 +67,7 @@ __all__ = [
     "forward",
     "generate",
     "init_cache",
+    "branched",
     "init_params",
     "load",
     "load_cache",

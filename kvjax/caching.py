@@ -12,10 +12,10 @@ import numpy as np
 from kvjax import caches
 from kvjax.caches import plans
 from kvjax.caches.base import SOURCE, Cache, OpenCache, Span
+from kvjax.caches.branches import after, branched, room_after
 from kvjax.caches.cross import CrossKind, Source, rows_of
 from kvjax.caches.flags import COUNT, NAN, NO_SOURCE, POSITIONS, TOKEN
 from kvjax.caches.recompute import Recompute
-from kvjax.caches.shared_prefix import after, room_after
 from kvjax.checks import bucket, is_concrete, whole
 from kvjax.errors import InputError
 from kvjax.model import Asked, Model, check_ids, check_source, check_valid
@@ -122,15 +122,15 @@ def init_cache(
         plan: a kind (`caches.dense()`), a tuple with one a layer, or None for `caches.default`.
         batch: B, rows; None is one, or one for each row of a source. Rows that read one source stand side by side.
         capacity: T, tokens that a row can hold, a prefix included.
-        prefix: a cache of one row that holds what all rows share; None for nothing. It is kept once for all rows, is
-            copied and stays usable. The plan is that of the suffixes, and may be another one. All rows read the source
-            that it reads.
+        prefix: a cache of one row that holds what all rows share, or of R rows, each for B / R rows next to each other;
+            None for nothing. It is kept once, is copied and stays usable. The plan is that of the suffixes, and may be
+            another one. Rows read the source that their prefix reads.
         source: what the rows attend to, from `kvjax.encode`.
         cross: what is kept of it, `caches.cross()` or `caches.encoder_output()`; None is `caches.cross()`.
 
     Raises:
         InputError: `batch` or `capacity` is less than 1, the plan does not fit the layers, the source not the model or
-            the batch, or the prefix has more rows, is empty, or leaves no room.
+            the batch, or the prefix has rows that do not divide the batch or are empty, or leaves no room.
         CacheError: a source was refused (outside `jit`).
     """
     if batch is None:
@@ -156,7 +156,7 @@ def init_cache(
         plan = tuple(plans.for_window(shape.window) for shape in shapes)
     kinds = plans.kinds_of(plan, shapes)
     if prefix is not None:
-        prefix, capacity = room_after(prefix, len(shapes), capacity)
+        prefix, capacity = room_after(prefix, len(shapes), batch, capacity)
     layers = plans.init_layers(kinds, shapes, batch, capacity)
     # Three arrays, not one three times: a buffer cannot be donated twice.
     lengths, written, flags = (jnp.zeros((batch,), jnp.int32) for _ in range(3))
@@ -165,7 +165,7 @@ def init_cache(
     shared = plans.init_shared(kinds, shapes, batch, capacity) | kept
     cache = Cache(layers, shared, jnp.full((batch, capacity), -1, jnp.int32), lengths, written, flags, kinds)
     cache = cache.check() if is_concrete(flags) else cache  # of a source that was refused
-    return cache if prefix is None else after(prefix, cache)
+    return cache if prefix is None else after(jax.tree.map(jnp.copy, prefix), cache)
 
 
 def cache_nbytes(
@@ -183,4 +183,4 @@ def cache_nbytes(
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made))
 
 
-__all__ = ["encode", "source_limits", "init_cache", "cache_nbytes"]
+__all__ = ["encode", "source_limits", "init_cache", "branched", "cache_nbytes"]

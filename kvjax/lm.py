@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import sampling
 from kvjax.checkpoint.families import FAMILIES
 from kvjax.checkpoint.fields import Fields, report
 from kvjax.checkpoint.folder import Tensors, read_json, read_json_if_there
+from kvjax.checkpoint.generation import read_generation
 from kvjax.checkpoint.reader import show
 from kvjax.checkpoint.rules import Family, Leaf, convert, plan
 from kvjax.checkpoint.source import resolve
@@ -39,9 +37,13 @@ class LM:
         eos_ids: tokens that end a text, possibly none.
         bos_id: the token that begins one, or None.
         start_ids: what every target begins with, for a model with an encoder: its start token, then the forced first
-            token if there is one (`decoder_start_token_id`, `forced_bos_token_id`). What `forced_eos_token_id` forces,
-            an end where the budget ends, is not.
-        never_ids: tokens that are never chosen, for example the padding of translation models (`bad_words_ids`).
+            token if there is one (`decoder_start_token_id`, `forced_bos_token_id`).
+        filters: of `kvjax.sampling`, what the folder asks of every generation, greedy, drawn or by beams; they come
+            before those of a sampler. In the order of Transformers: `sequence_bias`, `repetition_penalty`,
+            `no_repeat_ngram_size`, `bad_words_ids`, `min_new_tokens` or else `min_length`, `forced_eos_token_id`,
+            `suppress_tokens`, `begin_suppress_tokens`, `renormalize_logits`. How tokens are chosen is the caller's:
+            `temperature`, `top_k`, `top_p`, `num_beams` and the like are not applied, nor is `max_length`.
+            `dataclasses.replace(lm, filters=())` follows none.
         template: of chats; without a text where the folder has none.
     """
 
@@ -51,18 +53,13 @@ class LM:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     start_ids: tuple[int, ...] = ()
-    never_ids: tuple[int, ...] = ()
+    filters: tuple[Any, ...] = ()
     template: Template = Template()
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.model.params)
         dtypes = ", ".join(sorted({str(x.dtype) for x in leaves}))
         return f"LM({self.name!r}, {sum(x.size for x in leaves):,} parameters, {dtypes})"
-
-    @property
-    def filters(self) -> tuple[Any, ...]:
-        """Of `kvjax.sampling`, what the folder asks of every text; they come before those of a sampler."""
-        return (sampling.banned(self.never_ids),) if self.never_ids else ()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; see `Tokenizer.encode`."""
@@ -91,7 +88,8 @@ def load(
     Args:
         source: a bundled name; a path, if it has a separator or begins with "."; else a hub id.
         dtype: of the parameters; None is float32 on CPU, float16 on a T4 (it has no bfloat16), else the checkpoint's.
-        strict: a key of config.json that kvjax does not know is an error instead of a warning.
+        strict: a key of config.json that kvjax does not know, or one of generation_config.json that changes what is
+            generated and is not applied, is an error instead of a warning.
         revision: branch, tag or commit, of a hub id only.
 
     Returns:
@@ -109,24 +107,16 @@ def load(
     with Tensors(folder) as tensors:
         leaves = plan(family, config, tensors)
         params = convert(leaves, tensors, default_dtype(leaves, tensors) if dtype is None else dtype)
-    bos, eos, start = _ends(folder, hf)
-    if config.encoder is None:
-        start = ()
-    if wrong := [i for i in start if i >= config.vocab_size]:
-        raise CheckpointError(
-            f"{folder}: decoder_start_token_id or forced_bos_token_id is {wrong[0]}, the vocabulary has "
-            f"{config.vocab_size} ids"
-        )
-    never = _never(folder, hf)
-    if wrong := [i for i in never if i >= config.vocab_size]:
-        raise CheckpointError(f"{folder}: bad_words_ids has {wrong[0]}, the vocabulary has {config.vocab_size} ids")
+    asked = read_generation(folder, hf, vocab_size=config.vocab_size, encoder=config.encoder is not None, strict=strict)
+    bos, eos = asked.bos_id, asked.eos_ids
     tokenizer = load_tokenizer(folder, bos_id=bos, vocab_size=config.vocab_size)
     if tokenizer is not None:
         values = read_json_if_there(folder / "tokenizer_config.json")
         bos = tokenizer.bos_id if bos is None else bos
         if not eos and (found := special_id(tokenizer.backend, values, "eos_token", folder)) is not None:
             eos = (found,)
-    return LM(decoder(config, params), tokenizer, name, eos, bos, start, never, read_template(folder))
+    chat = read_template(folder)
+    return LM(decoder(config, params), tokenizer, name, eos, bos, asked.start_ids, asked.filters, chat)
 
 
 def read_config(hf: dict[str, Any], strict: bool = False) -> tuple[Family, Config]:
@@ -176,38 +166,6 @@ def default_dtype(leaves: list[Leaf], tensors: Tensors) -> np.dtype[Any]:
             sizes[info.dtype] += info.stop - info.start
     own = sizes.most_common(1)[0][0]
     return own if own in (jnp.float16, jnp.bfloat16) else jnp.dtype(jnp.float32)
-
-
-def _ends(folder: Path, hf: dict[str, Any]) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
-    generation = read_json_if_there(folder / "generation_config.json")
-
-    def ids(key: str) -> tuple[int, ...]:
-        return _ids(generation, key, folder) or _ids(hf, key, folder)
-
-    bos, start = ids("bos_token_id")[:1], ids("decoder_start_token_id")[:1]
-    forced = ids("forced_bos_token_id")[:1] or (bos if hf.get("force_bos_token_to_be_generated") is True else ())
-    return (bos[0] if bos else None), ids("eos_token_id"), (start or bos) + forced
-
-
-def _never(folder: Path, hf: dict[str, Any]) -> tuple[int, ...]:
-    """Single tokens among `bad_words_ids`: what Marian's padding needs. Of sequences of several it warns."""
-    values = read_json_if_there(folder / "generation_config.json")
-    words = values.get("bad_words_ids") or hf.get("bad_words_ids") or []
-    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
-        raise CheckpointError(f"{folder}: bad_words_ids must be a list of lists of ids, not {show(words)}")
-    if several := [word for word in words if len(word) != 1]:
-        text = show(several[0])
-        warnings.warn(f"{folder}: bad_words_ids {text} may be written: only single ids are kept out", stacklevel=3)
-    return tuple(i for word in words if len(word) == 1 for i in _ids({"bad_words_ids": word}, "bad_words_ids", folder))
-
-
-def _ids(values: dict[str, Any], key: str, folder: Path) -> tuple[int, ...]:
-    value = values.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for i in ids:
-        if type(i) is not int or not -1 <= i < 2**31:
-            raise CheckpointError(f"{folder}: {key} must be an id or a list of ids, not {show(value)}")
-    return tuple(i for i in ids if i >= 0)
 
 
 __all__ = ["LM", "load", "read_config", "default_dtype"]

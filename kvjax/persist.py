@@ -76,17 +76,18 @@ def save_cache(path: str | os.PathLike[str], cache: Cache, model: Model) -> None
         what = "is a folder" if Path(path).is_dir() else "lies in a folder that does not exist"
         raise CacheError(f"save_cache: {path} {what}")
     tensors = _named(_apart(jax.tree.map(np.asarray, cache)))
+    kinds = tuple(node.word(kind, cache.shared) for kind, node in zip(cache.plan, cache.layers, strict=True))
     source = _about_source(cache)
     cross = None if source is None else cache.shared[SOURCE].kind
-    expected = _named(_abstract(model, cache.plan, cache.batch, cache.capacity, source, cross))
-    _compare(f"save_cache: a cache of {_plan_text(cache.plan)}", _shapes(tensors), _shapes(expected), CacheError)
+    expected = _named(_abstract(model, kinds, cache.batch, cache.capacity, source, cross))
+    _compare(f"save_cache: a cache of {_plan_text(kinds)}", _shapes(tensors), _shapes(expected), CacheError)
     for name, x in tensors.items():
         if x.dtype.name not in DTYPES:
             raise CacheError(f"save_cache: {name} has dtype {x.dtype.name}; a codec keeps it as uint8, to be saved")
     about = {
         "kvjax_cache": VERSION,
         "kvjax": _version(),
-        "plan": json.dumps([str(kind) for kind in cache.plan]),
+        "plan": json.dumps([str(kind) for kind in kinds]),
         "source": json.dumps(source),
         "config": json.dumps(_described(model.config)),
         "model": fingerprint(model.params),

@@ -1,7 +1,7 @@
 """Writes docs/equivalence.md: which kinds of cache give the tokens of recomputing from scratch, under which algorithms.
 
-    python scripts/equivalence_page.py                      # all of it, in two processes
-    python scripts/equivalence_page.py --jobs 1 --out -     # to standard output
+python scripts/equivalence_page.py                      # all of it, in two processes
+python scripts/equivalence_page.py --jobs 1 --out -     # to standard output
 """
 
 from __future__ import annotations

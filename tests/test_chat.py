@@ -170,6 +170,18 @@ def test_special_tokens_end_a_reply_and_are_not_shown():
     assert not any("<" in turn.reply and ">" in turn.reply for turn in ended if "|" in turn.reply)
 
 
+@pytest.mark.full
+def test_a_stop_string_ends_a_reply_and_is_not_in_it():
+    said = begin(None).say("Hi").result().turns[-1].reply
+    talk = begin(None, stop=said[3:5]).say("Hi").result()
+    assert (talk.turns[-1].reply, talk.turns[-1].stop) == (said[:3], "stop")
+    talk = talk.say("Who").result()
+    ids = talk.turns[-1].prompt
+    assert talk.turns[-1].reused == len(talk.turns[0].prompt) + 3, "what completed it is gone back over"
+    out = kvjax.generate(LM, [ids], max_new_tokens=NEW, sampler=SAMPLER, stop_ids=talk.stop_ids, stop=talk.stop)
+    assert talk.turns[-1].new == out.tokens[0].tolist()
+
+
 def test_a_template_that_asks_for_the_date_gets_that_of_the_beginning():
     text = "{{ strftime_now('%H:%M:%S.%f') }}" + (TEMPLATE.text or "")
     dated = dataclasses.replace(TEMPLATE, text=text)

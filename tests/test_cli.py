@@ -116,6 +116,10 @@ def test_temperature_zero_is_greedy_and_seeds_make_texts(written, folder):
     greedy = kvjax.generate(kvjax.load(folder), "To be", max_new_tokens=20)
     assert written("To be", "--temperature", 0)["new_ids"] == greedy.tokens[0].tolist()
     assert written("To be", "--top-k", 1)["new_ids"] == greedy.tokens[0].tolist()
+    assert written("To be", "--min-p", 1)["new_ids"] == greedy.tokens[0].tolist()
+    less = kvjax.sampling.greedy(kvjax.sampling.repetition_penalty(1.5))
+    penalised = kvjax.generate(kvjax.load(folder), "To be", max_new_tokens=20, sampler=less).tokens[0].tolist()
+    assert written("To be", "--temperature", 0, "--repetition-penalty", 1.5)["new_ids"] == penalised
     one, two, again = (written("To be", "--seed", s)["new_ids"] for s in (1, 2, 1))
     assert one == again != two
 

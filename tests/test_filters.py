@@ -238,6 +238,13 @@ def test_half_precision_stays_half_and_one_token_is_a_vocabulary(name):
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
+def test_of_one_token_that_one_is_left_or_none(name):
+    got = np.asarray(apply(TABLE[name][0](), scores()[:, :1], texts()))
+    assert not np.isnan(got).any() and (name in ("allowed", "forced_first", "forced_last") or np.isfinite(got).all())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", NAMES)
 def test_half_precision_is_what_float32_rounds_to(name):
     for dtype in (jnp.bfloat16, jnp.float16):
         half = scores().astype(dtype)

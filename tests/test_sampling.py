@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import ONE_LAYER, VOCAB, tiny
 from scipy import stats
 
-from kvjax import InputError, sampling
+import kvjax
+from kvjax import CacheError, InputError, sampling
+from kvjax.caches.flags import NO_TOKEN
+from kvjax.timing import Compilations
 
 V = 13
 top_k, top_p = jax.jit(lambda x, k: sampling.top_k(k)(x)), jax.jit(lambda x, p: sampling.top_p(p)(x))
@@ -166,3 +170,172 @@ def test_a_sampler_is_a_pytree_whose_structure_does_not_depend_on_its_numbers():
         ((), jnp.int32, False),
         ((), jnp.float32, False),
     ]
+
+
+def text(tokens, starts):
+    lengths = [len(row) for row in tokens]
+    padded = np.full((len(tokens), 12), 1, np.int32)
+    for row, ids in zip(padded, tokens, strict=True):
+        row[: len(ids)] = ids
+    values = (padded, lengths, starts, np.add(lengths, 9), [5])
+    return sampling.Text(*(np.asarray(x, np.int32) for x in values))
+
+
+filtered = jax.jit(lambda each, logits, text: each(logits, text))
+X = np.random.default_rng(9).normal(size=(3, V)).astype(np.float32)
+TEXT = text([[1, 2, 2, 3], [2, 2, 2, 2, 7, 7], [4]], [2, 0, 1])
+
+
+def test_presence_and_frequency_count_new_tokens_and_not_the_prompt():
+    counts = np.zeros((3, V), np.float32)
+    counts[0, [2, 3]] = 1
+    counts[1, [2, 7]] = 4, 2
+    for numbers in ([0.5, -1.5, 2.0], 0.75):
+        each = np.broadcast_to(np.float32(numbers), 3)[:, None]
+        got = filtered(sampling.presence_penalty(numbers), X, TEXT)
+        np.testing.assert_allclose(got, X - each * (counts > 0), rtol=1e-6)
+        got = filtered(sampling.frequency_penalty(numbers), X, TEXT)
+        np.testing.assert_allclose(got, X - each * counts, rtol=1e-6)
+    whole = filtered(sampling.frequency_penalty(1.0), X, TEXT.replace(starts=0 * TEXT.starts))
+    assert (np.asarray(whole)[0, 1] != X[0, 1]) and np.asarray(whole)[2, 4] != X[2, 4], "the prompt would show"
+
+
+def test_biases_and_allowed_ids_are_those_of_a_plain_loop():
+    want, kept = X.copy(), np.full((3, V), -np.inf, np.float32)
+    biases = [{3: 1.5, 0: -2.0}, {}, {V - 1: -np.inf, 4: 0.25, V + 3: 9.0}]  # the last is past the vocabulary
+    ids = [[0], [3, 4, 3], [V - 1, V + 3, 2]]
+    for row in range(3):
+        for i, bias in biases[row].items():
+            want[row, i : i + 1] += bias
+        for i in ids[row]:
+            kept[row, i : i + 1] = X[row, i : i + 1]
+    np.testing.assert_array_equal(filtered(sampling.logit_bias(biases), X, TEXT), want)
+    np.testing.assert_array_equal(filtered(sampling.allowed(ids), X, TEXT), kept)
+    one = filtered(sampling.logit_bias(biases[0]), X, TEXT)
+    np.testing.assert_array_equal(one[0], want[0])
+    assert (np.asarray(one)[1, [0, 3]] != want[1, [0, 3]]).all()
+
+
+def test_among_several_forced_tokens_probabilities_are_as_they_were_and_a_ban_before_does_not_count():
+    got = np.asarray(filtered(sampling.forced_first([2, 9]), X, TEXT.replace(starts=TEXT.lengths)))
+    p = np.exp(X[:, [2, 9]].astype(np.float64))
+    np.testing.assert_allclose(np.exp(got[:, [2, 9]]), p / p.sum(axis=1, keepdims=True), rtol=1e-5)
+    assert np.isneginf(np.delete(got, [2, 9], axis=1)).all()
+    both = sampling.greedy(sampling.banned([2]), sampling.forced_first([2]))
+    assert call_on(both, X, TEXT.replace(starts=TEXT.lengths)).tolist() == [2, 2, 2]
+
+
+@jax.jit
+def call_on(sampler, logits, text):
+    return sampler(logits, sampling.row_keys(jnp.arange(logits.shape[0], dtype=jnp.uint32)), text)
+
+
+def halved(logits, text):
+    return jnp.where(text.new[:, None] > 1, -logits, logits)
+
+
+def weighted(weights, logits, text):
+    return logits + weights
+
+
+def third(logits, keys, text):
+    return jnp.full((logits.shape[0],), 3, jnp.int32) + text.new
+
+
+def never(logits, text):
+    raise AssertionError("not called")
+
+
+def test_a_filter_and_a_sampler_of_ones_own_are_functions_or_partials_and_other_arrays_compile_nothing():
+    assert call_on(sampling.greedy(halved), X, TEXT).tolist() == [X[0].argmin(), X[1].argmin(), X[2].argmax()]
+    made = [jax.tree_util.Partial(weighted, np.eye(V, dtype=np.float32)[[i] * 3] * 99) for i in (4, 8)]
+    assert call_on(sampling.greedy(made[0], sampling.temperature(0.5)), X, TEXT).tolist() == [4] * 3
+    with Compilations() as counted:
+        assert call_on(sampling.greedy(made[1], sampling.temperature(0.1)), X, TEXT).tolist() == [8] * 3
+        assert call_on(sampling.greedy(halved), -X, TEXT).tolist()[2] == X[2].argmin()
+    assert counted.count == 0
+    assert call_on(sampling.checked(third), X, TEXT).tolist() == [5, 9, 3]
+    assert sampling.checked(made[0]) is made[0] and sampling.checked(None) == sampling.greedy()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sampling.chain(sampling.greedy()), "is no filter"),
+        (lambda: sampling.chain(0.8), "0.8 is no filter"),
+        (lambda: sampling.greedy(sampling.chain(never)), "is no filter"),
+        (lambda: sampling.checked(sampling.top_k(3)), "TopK is a filter; wrap it"),
+        (lambda: sampling.checked(0.8), "cannot be called"),
+        (lambda: sampling.min_p(1.5), "min_p: p 1.5"),
+        (lambda: sampling.typical(-0.1), "typical: p -0.1"),
+        (lambda: sampling.repetition_penalty(0), "repetition_penalty: penalty 0"),
+        (lambda: sampling.repetition_penalty(np.inf), "repetition_penalty: penalty inf"),
+        (lambda: sampling.presence_penalty(np.nan), "presence_penalty: penalty nan"),
+        (lambda: sampling.frequency_penalty([1, np.inf]), "frequency_penalty: penalty"),
+        (lambda: sampling.frequency_penalty("much"), "frequency_penalty: penalty 'much' is no number"),
+        (lambda: sampling.no_repeat_ngram(-1), "no_repeat_ngram: n -1"),
+        (lambda: sampling.no_repeat_ngram(2.0), "no_repeat_ngram: n 2.0 must be whole"),
+        (lambda: sampling.min_length(-1), "min_length: n -1"),
+        (lambda: sampling.min_new_tokens(3, ids=[-1]), "min_new_tokens: ids has id -1"),
+        (lambda: sampling.banned(5), "banned: ids must be a list of ids, not 5"),
+        (lambda: sampling.banned([1.5]), "banned: ids .* must be whole numbers"),
+        (lambda: sampling.banned([[1], [2, -3]]), "banned: ids: row 1 has id -3"),
+        (lambda: sampling.banned([[1], 2]), "banned: ids"),
+        (lambda: sampling.banned("12"), "banned: ids must be a list"),
+        (lambda: sampling.allowed([]), "allowed: ids: has no id"),
+        (lambda: sampling.forced_last([[1], []]), "forced_last: ids: row 1 has no id"),
+        (lambda: sampling.banned_first([1], least=-1), "banned_first: least -1"),
+        (lambda: sampling.logit_bias([1, 2]), "logit_bias: biases must be a dict"),
+        (lambda: sampling.logit_bias({1: np.inf}), "logit_bias: biases: that of 1 must be a finite number"),
+        (lambda: sampling.logit_bias([{}, {1: np.nan}]), "row 1: that of 1 must be"),
+        (lambda: sampling.logit_bias({"a": 1.0}), "logit_bias: biases"),
+        (lambda: sampling.sequence_bias([((1,), 2.0)]), "sequence_bias: biases must be a dict"),
+        (lambda: sampling.sequence_bias({(1, 2): np.inf}), r"that of \(1, 2\) must be"),
+        (lambda: sampling.sequence_bias({(): 1.0}), "sequence_bias: sequence 0 is"),
+        (lambda: sampling.sequence_bias({3: 1.0}), "sequence_bias: sequence 0 is 3"),
+        (lambda: sampling.bad_words([[1], []]), "bad_words: sequence 1 is"),
+        (lambda: sampling.bad_words([[1, -2]]), "bad_words: sequence 0 is"),
+        (lambda: sampling.bad_words([["a"]]), "bad_words: sequence 0"),
+        (lambda: sampling.bad_words(7), "bad_words: sequences must be a list"),
+        (lambda: sampling.no_repeat_ngram(2)(X, None), "no_repeat_ngram reads the text so far"),
+        (lambda: sampling.chain(sampling.top_k([1, 2]))(X, None, TEXT.replace(copies=3)), "2 values for 1 rows"),
+    ],
+)
+def test_what_is_no_filter_and_settings_that_make_no_sense_are_errors_that_name_them(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_where_every_token_is_banned_none_is_chosen():
+    none = sampling.banned([list(range(V)), [1], [2]])
+    for sampler in (
+        sampling.greedy(none),
+        sampling.chain(sampling.temperature(0), none),
+        sampling.chain(none, sampling.temperature([0, 1, 1]), sampling.top_p(0.9), sampling.min_p(0.1)),
+    ):
+        got = call_on(sampler, X, TEXT).tolist()
+        assert got[0] == -1 and min(got[1:]) >= 0
+
+
+NO_MORE = sampling.greedy(sampling.banned([[], list(range(VOCAB))]))
+SAID = "row 1, length 2.*no token may be chosen"
+
+
+def test_a_generation_in_which_every_token_is_banned_is_an_error_that_names_the_row():
+    with pytest.raises(CacheError, match=SAID):
+        kvjax.generate(tiny(ONE_LAYER), [[1, 2, 3], [4, 5]], max_new_tokens=3, sampler=NO_MORE)
+
+
+@pytest.mark.full
+def test_loops_in_which_every_token_is_banned_flag_the_row_and_go_on_with_the_others():
+    model = tiny(ONE_LAYER)
+    tokens, valid = np.array([[1, 2, 3], [4, 5, 0]]), np.array([3, 2])
+    logits, cache = kvjax.prefill(model, kvjax.init_cache(model, batch=2, capacity=256), tokens, valid)
+    new, _, after = kvjax.decode(model, cache, logits, steps=3, sampler=NO_MORE)
+    assert new[1].tolist() == [-1] * 3 and min(new[0].tolist()) >= 0
+    state = kvjax.decode_until(model, cache, logits, max_new_tokens=3, sampler=NO_MORE)
+    np.testing.assert_array_equal(state.cache.tokens[0, :6], after.tokens[0, :6])
+    for made in (after, state.cache):
+        assert made.lengths.tolist() == [6, 2] and made.flags.tolist() == [0, NO_TOKEN]
+        with pytest.raises(CacheError, match=SAID):
+            made.check()

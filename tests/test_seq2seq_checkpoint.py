@@ -184,15 +184,6 @@ def test_a_beginning_that_is_no_id_of_the_vocabulary_is_an_error(tmp_path, value
         load(write(tmp_path, "bart", tensors_of("bart"), decoder_start_token_id=value))
 
 
-def test_ids_that_are_never_written_are_those_of_bad_words(tmp_path):
-    """Marian's padding has the logit 0, often the largest: its files list it there."""
-    folder = write(tmp_path, "marian", tensors_of("marian"), bad_words_ids=[[63], [5]])
-    assert load(folder, strict=True).never_ids == (63, 5)
-    (folder / "generation_config.json").write_text('{"bad_words_ids": [[64]]}')
-    with pytest.raises(CheckpointError, match="bad_words_ids has 64, the vocabulary has 64"):
-        load(folder)
-
-
 @pytest.mark.full
 def test_a_folder_of_marian_translates_text_and_takes_the_beginning_of_a_target(tmp_path):
     pytest.importorskip("sentencepiece")

@@ -87,7 +87,7 @@ def test_rows_decode_as_with_a_copy_of_the_prefix_each(name):
 def test_a_suffix_that_counts_from_zero_is_seen():
     (_, cache), (_, copied) = shared(caches.dense()), whole()
     entry = cache.shared["prefix"]
-    wrong = cache.replace(shared={"prefix": entry.replace(length=entry.length - 1)})
+    wrong = cache.replace(shared={"prefix": entry.replace(lengths=entry.lengths - 1)})
     got, want = steps(wrong), steps(copied)
     assert np.abs(got - want).max() > 1e-3 * np.abs(want).max()
 
@@ -187,10 +187,10 @@ def test_generate_takes_a_prefix_that_its_prompts_begin_with():
 def test_prefixes_that_cannot_be_shared_are_errors():
     make = functools.partial(kvjax.init_cache, tiny(MIXED), batch=2)
     for wrong, capacity, said in (
-        (prefix().take([0, 0]), 96, "2 rows and 2 layers, it must be 1 row"),
+        (prefix().take([0, 0, 0]), 96, "3 rows and 2 layers; rows must divide the batch of 2"),
         (prefix().replace(layers=prefix().layers[:1]), 96, "1 rows and 1 layers"),
         (prefix().rewind(P - 1).resize(15), 12, "capacity 12 leaves no room after a prefix of 12"),
-        (make(caches.dense(), batch=1, capacity=8), 96, "the cache is empty"),
+        (make(caches.dense(), batch=1, capacity=8), 96, "row 0 of the cache is empty"),
         (make(caches.recompute(), batch=1, capacity=8), 96, "recomputes"),
     ):
         with pytest.raises(InputError, match=said):

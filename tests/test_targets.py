@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
 import naive
 import numpy as np
+import plain_beams
 import pytest
 from models import ONE_LAYER, prompt_ids, tiny
 
 import kvjax
-from kvjax import CheckpointError, InputError, caches
-from kvjax import lm as lm_module
+from kvjax import InputError, caches, sampling
 from kvjax.loops.prompts import limits_of
 from kvjax.ops.positions import Learned
 from kvjax.timing import Compilations
@@ -92,14 +91,14 @@ def test_beams_of_a_source_are_those_of_a_plain_search():
         )
         for row, forced in enumerate(TARGETS):
             score = functools.partial(recomputed, row)
-            want, times = naive.beam_search([3, *forced], STEPS, 3, score, penalty=penalty, stops=stops)
+            want, times = plain_beams.beam_search([3, *forced], STEPS, 3, score, penalty=penalty, stops=stops)
             crossed += times
             assert [x.tokens for x in out.candidates[row]] == [text for text, _ in want]
             np.testing.assert_allclose([x.score for x in out.candidates[row]], [s for _, s in want], atol=SUMS)
     assert crossed >= 5
     lm = dataclasses.replace(LM, start_ids=(3, 7))
     out = generate(lm=lm, algorithm=kvjax.beam(3, returned=3), stop_ids=stops)
-    want, _ = naive.beam_search([3, 7], STEPS, 3, functools.partial(recomputed, 0), stops=stops, given=1)
+    want, _ = plain_beams.beam_search([3, 7], STEPS, 3, functools.partial(recomputed, 0), stops=stops, given=1)
     assert out.prompts[0] == [3, 7] and [x.tokens for x in out.candidates[0]] == [text for text, _ in want]
     np.testing.assert_allclose([x.score for x in out.candidates[0]], [s for _, s in want], atol=SUMS)
 
@@ -123,7 +122,7 @@ def test_the_next_bucket_of_sources_compiles_three_programs():
 @pytest.mark.full
 def test_tokens_that_are_never_chosen_are_not_and_the_others_keep_their_probabilities():
     never = tuple(dict.fromkeys(int(i) for i in generate().tokens[:, :4].ravel()))
-    lm = dataclasses.replace(LM, never_ids=never)
+    lm = dataclasses.replace(LM, filters=(sampling.banned(never),))
 
     def score(row, text):
         found = recomputed(row, text).copy()
@@ -133,21 +132,9 @@ def test_tokens_that_are_never_chosen_are_not_and_the_others_keep_their_probabil
     assert not set(generate(lm=lm).tokens.ravel().tolist()) & set(never)
     out = generate(lm=lm, algorithm=kvjax.beam(3, returned=3))
     for row, made in enumerate(out.candidates):
-        want, _ = naive.beam_search([3], STEPS, 3, functools.partial(score, row))
+        want, _ = plain_beams.beam_search([3], STEPS, 3, functools.partial(score, row))
         assert [x.tokens for x in made] == [text for text, _ in want]
         np.testing.assert_allclose([x.score for x in made], [s for _, s in want], atol=SUMS)
-
-
-def test_bad_words_of_one_token_are_read_and_longer_ones_are_not(tmp_path):
-    with pytest.warns(UserWarning, match=r"\[1, 2\] may be written"):
-        assert lm_module._never(tmp_path, {"bad_words_ids": [[7], [1, 2], [9]]}) == (7, 9)
-    assert lm_module._never(tmp_path, {"bad_words_ids": None}) == lm_module._never(tmp_path, {}) == ()
-    (tmp_path / "generation_config.json").write_text('{"bad_words_ids": [[5]]}')
-    assert lm_module._never(tmp_path, {"bad_words_ids": [[7]]}) == (5,)
-    for wrong in ([7], 7, [["a"]], [[1.5]]):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"bad_words_ids": wrong}))
-        with pytest.raises(CheckpointError, match="bad_words_ids must be"):
-            lm_module._never(tmp_path, {})
 
 
 @pytest.mark.full

@@ -54,8 +54,32 @@ class Cache(struct.Value):
 
     @property
     def capacity(self) -> int:
-        """T, tokens that a row can hold."""
+        """T, tokens that a row can hold at most; `room` says it of each."""
         return int(self.tokens.shape[1])
+
+    @property
+    def fixed(self) -> int:
+        """How much of the capacity is not the rows' own: the slots of a prefix that they share."""
+        return max((entry.fixed for entry in self.shared.values()), default=0)
+
+    @property
+    def doubled(self) -> int:
+        """A capacity with twice the room for what is the rows' own."""
+        return 2 * self.capacity - self.fixed
+
+    @property
+    def room(self) -> Array:
+        """`[B]` int32, tokens that each row can hold: the capacity, or less where rows share prefixes that are shorter
+        than their slots."""
+        room = jnp.full((self.batch,), self.capacity, jnp.int32)
+        for entry in self.shared.values():
+            room = room if entry.most is None else jnp.minimum(room, entry.most)
+        return room
+
+    @property
+    def branches(self) -> bool:
+        """Whether rows can go on from it while it is kept once (`kvjax.branched`)."""
+        return all(node.branches for node in self.layers)
 
     @property
     def batch(self) -> int:
@@ -122,15 +146,19 @@ class Cache(struct.Value):
         Raises:
             CacheError: a row is longer than `capacity`.
         """
-        if is_concrete(self.lengths):
-            for row, length in enumerate(np.asarray(self.lengths)):
-                if length > capacity:
-                    raise CacheError(f"resize: capacity {capacity} is less than the length {length} of row {row}")
         tokens = storage.resize(self.tokens, capacity, rest=0)
         if capacity > self.capacity:
             fresh = jnp.arange(capacity, dtype=jnp.int32)[None, :] >= self.capacity
             tokens = jnp.where(fresh, -1, tokens)
         shared = {name: entry.resize(capacity) for name, entry in self.shared.items()}
+        if is_concrete(self.lengths):
+            room = np.asarray(self.replace(tokens=tokens, shared=shared).room)
+            for row, (length, most) in enumerate(zip(np.asarray(self.lengths), room, strict=True)):
+                if length > most:
+                    short = "" if most == capacity else f", which leaves room for {most},"
+                    raise CacheError(
+                        f"resize: capacity {capacity}{short} is less than the length {length} of row {row}"
+                    )
         layers = self.layers
         if capacity < self.capacity and shared:  # what is cut off moves first
             layers = tuple(node.rewind(self.lengths, self.shared, shared) for node in layers)
@@ -188,7 +216,7 @@ class Cache(struct.Value):
 
     def release(self, rows: Any) -> Cache:
         """Empties rows `rows[n]` and gives back what they held in common with others, pages for one: their lengths
-        are 0, or that of a prefix which all rows share, and their flags are 0.
+        are 0, or that of a prefix which rows share, and their flags are 0.
 
         Raises:
             CacheError: a row outside the batch (under `jit` it is left out).
@@ -256,6 +284,7 @@ class Cache(struct.Value):
 
     def fork(self, copies: int) -> Cache:
         """Every row `copies` times: `take([0, 0, 1, 1])` for two of two rows, but a source stays, and they share it.
+        `kvjax.branched` shares the text so far as well.
 
         Raises:
             CacheError: `copies` is no whole number of at least 1.
@@ -355,19 +384,5 @@ def ask(
     return {name: entry for name, (entry, _) in asked.items()}, flags
 
 
-__all__ = [
-    "Cache",
-    "OpenCache",
-    "Span",
-    "Tree",
-    "Project",
-    "Shared",
-    "Node",
-    "Kind",
-    "LayerShape",
-    "filled_positions",
-    "views_of",
-    "is_concrete",
-    "SOURCE",
-    "ask",
-]
+__all__ = ["Cache", "OpenCache", "Span", "Tree", "Project", "Shared", "Node"]
+__all__ += ["Kind", "LayerShape", "filled_positions", "views_of", "is_concrete", "SOURCE", "ask"]

@@ -71,7 +71,7 @@ class Span(struct.Value):
         positions: `[B, S]` int32, where each new token stands in the text: rotation, learned tables and masks read it.
         ancestors: `[B, S, S]` bool or None: which new tokens each new token may see, itself included (tree drafts,
             where siblings share a position); None is causal order.
-        base: `[1]` int32 or None, tokens that stand in the text before the places that a node counts (a shared prefix).
+        base: `[B]` or `[1]` int32 or None, tokens before the places that a node counts (a shared prefix).
     """
 
     start: Array
@@ -171,10 +171,22 @@ class Shared(struct.Value):
     still = False
     """Whether the text changes nothing in it: tokens fed, rewound or fed again."""
 
+    fixed = 0
+    """How much of the capacity is not the rows' own."""
+
     @property
     def least(self) -> Any:
-        """Tokens that a row cannot lose: a number, or `[1]` int32."""
+        """Tokens that a row cannot lose: a number, or int32 `[1]` or `[B]`."""
         return 0
+
+    @property
+    def most(self) -> Any:
+        """Tokens that a row can hold, int32 `[1]` or `[B]`; None is as many as the capacity."""
+        return None
+
+    def beside(self, other: Any) -> Any:
+        """With what another kind of the plan asks for under the same name."""
+        return self
 
     def reserve(self, span: Span) -> tuple[Any, Array]:
         """Makes room for the new tokens, once a call, before the layers run; tokens of flagged rows are dropped."""
@@ -239,6 +251,19 @@ class Node(struct.Value):
         parts = jax.tree.leaves(self, is_leaf=self._is_part)
         limits = [part.reach for part in parts if self._is_part(part) and part.reach is not None]
         return min(limits, default=None)
+
+    @property
+    def branches(self) -> bool:
+        """Whether it can keep what comes after a text that rows share: it sees nothing but its own tokens."""
+        return not self.replays and type(self).record is Node.record
+
+    def onward(self, kind: Any, shared: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """The node, its kind and entries, of the rows' own text: itself, where no prefix is shared already."""
+        return self, kind, shared
+
+    def word(self, kind: Any, shared: Any) -> Any:
+        """The word that makes an empty node like it; `kind` made it, before rows were moved."""
+        return kind
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         """Takes in the new tokens; hands back the views to attend over and the node that has them.
@@ -370,14 +395,4 @@ def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: A
     )
 
 
-__all__ = [
-    "LayerShape",
-    "Span",
-    "Tree",
-    "Project",
-    "Shared",
-    "Node",
-    "Kind",
-    "filled_positions",
-    "views_of",
-]
+__all__ = ["LayerShape", "Span", "Tree", "Project", "Shared", "Node", "Kind", "filled_positions", "views_of"]

@@ -42,6 +42,8 @@ class SinksInCache(Node):
     recent: Any
     sinks: int = struct.static()
 
+    branches = False  # it is told places in the text from the first one on
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], SinksInCache]:
         """See `Node`."""
         rotated = self.recent.rotated

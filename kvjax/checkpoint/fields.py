@@ -41,12 +41,18 @@ class Fields:
         return self._values.get(name, default)
 
     def integer(
-        self, name: str, default: int | None = _REQUIRED, *, nullable: bool = False, most: int = 2**31 - 1
+        self,
+        name: str,
+        default: int | None = _REQUIRED,
+        *,
+        nullable: bool = False,
+        least: int = 1,
+        most: int = 2**31 - 1,
     ) -> Any:
-        """An int from 1 to `most`; `default` where the key is missing, None for null if `nullable`."""
+        """An int from `least` to `most`; `default` where the key is missing, None for null if `nullable`."""
         value = self._get(name, default, nullable)
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise self._wrong(name, f"an integer from 1 to {most}", value)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise self._wrong(name, f"an integer from {least} to {most}", value)
         return value
 
     def number(self, name: str, default: float | None = _REQUIRED, *, nullable: bool = False) -> Any:
@@ -97,16 +103,17 @@ HARMLESS = frozenset(
     chunk_size_feed_forward dtype finetuning_task id2label initializer_range label2id output_past
     transformers.js_config name_or_path num_labels output_attentions output_hidden_states pad_token_id prefix
     pretraining_tp problem_type return_dict sep_token_id task_specific_params tf_legacy_loss tokenizer_class
-    torch_dtype torchscript transformers_version unk_token_id use_bfloat16 use_cache begin_suppress_tokens
-    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
-    forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate
-    suppress_tokens temperature top_k top_p typical_p""".split()
+    torch_dtype torchscript transformers_version unk_token_id use_bfloat16 use_cache diversity_penalty do_sample
+    early_stopping length_penalty max_length num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values return_dict_in_generate temperature top_k top_p typical_p""".split()
 )
 # Keys that `load` or every config map reads.
 USED = frozenset(
-    """bad_words_ids bos_token_id decoder_start_token_id eos_token_id force_bos_token_to_be_generated
-    forced_bos_token_id model_type tie_word_embeddings vocab_size""".split()
+    """bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id encoder_no_repeat_ngram_size
+    encoder_repetition_penalty eos_token_id exponential_decay_length_penalty force_bos_token_to_be_generated
+    forced_bos_token_id forced_eos_token_id guidance_scale min_length min_new_tokens model_type no_repeat_ngram_size
+    renormalize_logits repetition_penalty sequence_bias suppress_tokens tie_word_embeddings vocab_size
+    watermarking_config""".split()
 )
 # Keys that change what the model computes in a way that no family here implements: key -> values that change nothing.
 REFUSED: Mapping[str, tuple[Any, ...]] = {

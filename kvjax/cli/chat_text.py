@@ -68,7 +68,7 @@ def conversation(lm: LM, args: argparse.Namespace) -> Conversation:
     return Conversation(
         lm,
         system=args.system,
-        sampler=sampler_of(args.temperature, args.top_k, args.top_p),
+        sampler=sampler_of(args),
         seed=args.seed,
         plan=args.cache,
         max_new_tokens=args.max_new_tokens,

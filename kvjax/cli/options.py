@@ -193,6 +193,8 @@ def _drawing(parser: argparse.ArgumentParser, least: int) -> None:
     add("--temperature", type=_real(0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
     add("--top-k", type=_whole(0, 2**31 - 1), default=0, metavar="K", help="only the K most probable (default 0: all)")
     add("--top-p", type=_real(0, 1), default=1.0, metavar="P", help="only the most probable up to P (default 1: all)")
+    add("--min-p", type=_real(0, 1), default=0.0, metavar="P", help="at least P times the most probable (default 0)")
+    add("--repetition-penalty", type=_real(1e-6), default=1.0, metavar="R", help="over 1: repeats less (default 1)")
     add("--seed", type=_whole(0, 0xFFFFFFFF), default=0, metavar="S", help="the same seed, the same text (default 0)")
     _dtype(parser)
     add("--cache", type=_cache, metavar="KIND", help=f"{_kinds()}; default: what suits the model")

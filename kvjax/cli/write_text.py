@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     loaded = time.perf_counter() - began
     options = {
         "max_new_tokens": args.max_new_tokens,
-        "sampler": sampler_of(args.temperature, args.top_k, args.top_p),
+        "sampler": sampler_of(args),
         "seed": args.seed,
         "plan": args.cache,
         "stop": args.stop,
@@ -69,15 +69,20 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
         raise InputError(f"generate: cannot read {source}: {error.strerror or error}") from error
 
 
-def sampler_of(temperature: float, top_k: int, top_p: float) -> Any:
-    """Greedy at temperature 0; else the filters that change anything, in the usual order."""
-    if temperature == 0:
-        return sampling.greedy()
-    filters: list[Any] = [sampling.temperature(temperature)]
-    if top_k:
-        filters.append(sampling.top_k(top_k))
-    if top_p < 1:
-        filters.append(sampling.top_p(top_p))
+def sampler_of(args: argparse.Namespace) -> Any:
+    """Greedy at temperature 0; else the filters that change anything, in the order of Transformers."""
+    filters: list[Any] = []
+    if args.repetition_penalty != 1:
+        filters.append(sampling.repetition_penalty(args.repetition_penalty))
+    if args.temperature == 0:
+        return sampling.greedy(*filters)
+    filters.append(sampling.temperature(args.temperature))
+    if args.top_k:
+        filters.append(sampling.top_k(args.top_k))
+    if args.top_p < 1:
+        filters.append(sampling.top_p(args.top_p))
+    if args.min_p:
+        filters.append(sampling.min_p(args.min_p))
     return sampling.chain(*filters)
 
 

@@ -145,20 +145,22 @@ def shared_prefix_nbytes(
     batch: int,
     capacity: int,
     prefix: int,
+    prefixes: int = 1,
     store: DType | Stored = jnp.float32,
 ) -> int:
-    """Bytes of one prompt for all rows and a suffix a row: 2 · L · K · D · (P + B · (T - P)) · bytes per element, the
-    prompt's ids and length, and the container.
+    """Bytes of prompts that rows share and a suffix a row: 2 · L · K · D · (R · P + B · (T - P)) · bytes per element,
+    the prompts' ids and lengths, and the container.
 
     Args:
         config: the model.
         batch: B.
         capacity: T, tokens of a row, prefix included.
-        prefix: P, slots of the shared prompt.
+        prefix: P, slots of a shared prompt.
+        prefixes: R, how many there are.
         store: dtype of a stored element, or a `Stored`.
     """
-    kv = kv_nbytes(config, prefix, store) + batch * kv_nbytes(config, capacity - prefix, store)
-    return config.num_layers * kv + 4 * prefix + 4 + container_nbytes(batch, capacity)
+    kv = prefixes * kv_nbytes(config, prefix, store) + batch * kv_nbytes(config, capacity - prefix, store)
+    return config.num_layers * kv + 4 * prefixes * (prefix + 1) + container_nbytes(batch, capacity)
 
 
 def layer_input_nbytes(

@@ -44,10 +44,10 @@ class UnderWay(Protocol):
 
     grows: bool
 
-    def look(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Tokens of each row `[B]`, which rows want more `[B]` bool, and the capacity; raises what was flagged."""
+    def look(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of each row `[B]`; which want more, and which have no room, `[B]` bool; raises what was flagged."""
 
-    def grow(self, capacity: int) -> Any:
+    def grow(self) -> Any:
         """The same with room for more. Uses itself up."""
 
     def advance(self, model: Model, chunks: int) -> Any:
@@ -75,6 +75,8 @@ class Wanted:
 
     Args:
         limits: `[B]`, tokens that each row may have, prompt included.
+        scored: `[B]`, tokens of each row before those that count in a score: all that there were, but for what the
+            model forces on every text.
         stops: what ends a row.
         filters: that belong to the model, in order; they come before those of a sampler.
         every: static, steps of a chunk.
@@ -82,6 +84,7 @@ class Wanted:
     """
 
     limits: np.ndarray
+    scored: np.ndarray
     stops: Stops
     filters: tuple[Any, ...] = ()
     every: int = loop.CHUNK
@@ -127,15 +130,16 @@ class Drawing:
 
     grows = True
 
-    def look(self) -> tuple[np.ndarray, np.ndarray, int]:
+    def look(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `UnderWay`."""
         cache = self.progress.cache.check()
         lengths = np.asarray(cache.lengths)
-        return lengths, ~np.asarray(self.progress.stopped) & (lengths < self.wanted.limits), cache.capacity
+        wants = ~np.asarray(self.progress.stopped) & (lengths < self.wanted.limits)
+        return lengths, wants, lengths >= np.asarray(cache.room)
 
-    def grow(self, capacity: int) -> Drawing:
+    def grow(self) -> Drawing:
         """See `UnderWay`."""
-        return dataclasses.replace(self, progress=resized(self.progress, capacity=capacity))
+        return dataclasses.replace(self, progress=resized(self.progress, capacity=self.progress.cache.doubled))
 
     def advance(self, model: Model, chunks: int) -> Drawing:
         """See `UnderWay`."""

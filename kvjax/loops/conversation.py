@@ -95,7 +95,7 @@ class Conversation:
     max_new_tokens: int | None = None
     stop: Any = ()
     template: Template | None = None
-    keep: int = 8
+    keep: int = 4
     turns: tuple[Turn, ...] = ()
     kept: tuple[Generated, ...] = ()
     began: datetime = dataclasses.field(default_factory=datetime.now)

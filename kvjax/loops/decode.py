@@ -119,7 +119,7 @@ def _decode_until(
 ) -> Progress:
     # limits [B] are absolute lengths; at most `chunks` scans of `chunk` steps
     keys = sampling.row_keys(seeds)
-    room = state.cache.capacity
+    room, outside = state.cache.room, state.cache.capacity
     starts = state.cache.lengths if state.starts is None else state.starts
     state = state.replace(cache=flag_nan(state.cache, state.logits), starts=starts)
 
@@ -131,7 +131,7 @@ def _decode_until(
         tokens = jnp.where(rests, 0, tokens)
         rests = rests | (tokens < 0)
         if noted is not None:
-            noted = noted.note(state.logits, tokens, jnp.where(rests, room, cache.lengths))
+            noted = noted.note(state.logits, tokens, jnp.where(rests, outside, cache.lengths))
         logits, cache = _one(model, flag_none(cache, tokens), tokens, jnp.where(rests, 0, 1).astype(jnp.int32))
         return state.replace(
             cache=cache,
@@ -359,12 +359,13 @@ def check_tokens(name: str, model: Model, cache: Cache, tokens: Any, valid: Any)
     valid = check_valid(name, valid, b, s)
     check_ids(name, model.vocab_size, tokens, valid)
     if is_concrete(valid) and is_concrete(cache.lengths):
-        limit, what = cache.capacity, "capacity"
-        if model.max_positions is not None and model.max_positions < limit:
-            limit, what = model.max_positions, "positions of the model"
+        most = np.inf if model.max_positions is None else model.max_positions
+        room = np.asarray(cache.room)
         for row, (have, new) in enumerate(zip(np.asarray(cache.lengths), valid, strict=True)):
-            if have + new > limit:
-                raise CacheError(f"{name}: row {row} has length {have}, {new} more do not fit: {what} {limit}")
+            if have + new > min(room[row], most):
+                what = "capacity" if room[row] == cache.capacity else "room for"
+                limit = f"{what} {room[row]}" if room[row] <= most else f"positions of the model {most}"
+                raise CacheError(f"{name}: row {row} has length {have}, {new} more do not fit: {limit}")
     return tokens, valid
 
 

@@ -174,7 +174,9 @@ class Run:
             progress = progress.replace(starts=starts, stopped=stopped, copies=copies)
             jax.block_until_ready(progress)
             progress.cache.check()
-            state = chosen.begin(progress, Wanted(limits, stops, getattr(lm, "filters", ()), every, bool(strings)))
+            scored = np.asarray([len(row) - forced for row in ids], np.int32)
+            wanted = Wanted(limits, scored, stops, getattr(lm, "filters", ()), every, bool(strings))
+            state = chosen.begin(progress, wanted)
         spent = time.perf_counter() - began - made.seconds
         timings = Timings(compile=made.seconds, prefill=max(spent, 0.0), programs=made.count)
         return cls(lm, given, state, timings, watches)
@@ -196,15 +198,15 @@ class Run:
         run = self
         model = model_of(self.lm)
         chunks = 1 if self.given.strings else chunks
-        lengths, wants, capacity = run.state.look()
+        lengths, wants, full = run.state.look()
         while wants.any():
             began = time.perf_counter()
             with Compilations() as made:
                 state = run.state
-                if (wants & (lengths >= capacity)).any():
-                    state = state.grow(2 * capacity)
+                if (wants & full).any():
+                    state = state.grow()
                 state = run._watch(model, state.advance(model, chunks), lengths, chunks)
-                lengths, wants, capacity = state.look()
+                lengths, wants, full = state.look()
             old = run.timings
             steps, wasted = state.count()
             run = dataclasses.replace(

@@ -143,7 +143,8 @@ def id_list(name: str, ids: Any) -> np.ndarray:
 def id_lists(name: str, ids: Any) -> Array:
     """`[n]` int32 of one list for all rows, or `[B, n]` of a list of lists, one a row; see `id_list`."""
     ids = np.asarray(ids) if hasattr(ids, "dtype") else ids
-    if not hasattr(ids, "__len__") or not len(ids) or not all(np.iterable(each) for each in ids):
+    rows = hasattr(ids, "__len__") and not isinstance(ids, str | bytes) and len(ids) > 0
+    if not rows or not all(np.iterable(each) for each in ids):
         return jnp.asarray(id_list(name, ids))
     return jnp.asarray(stacked([id_list(f"{name}: row {row}", each) for row, each in enumerate(ids)], -1))
 

@@ -147,7 +147,7 @@ class Ranked:
     def run(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
         """See `Algorithm`."""
         starts = np.asarray(cache.lengths)
-        wanted = Wanted(starts + np.int32(self.steps), _stops(self), self.filters)
+        wanted = Wanted(starts + np.int32(self.steps), starts, _stops(self), self.filters)
         state = self.algorithm.begin(loop.Progress.begin(cache, logits, starts=starts), wanted)
         while state.look()[1].any():
             state = state.advance(model, loop.ALL)

@@ -1,4 +1,4 @@
-"""The proof in tables: kind × algorithm on two models, family × default plan; `scripts/equivalence_page.py` prints it."""
+"""The proof in tables: kind × algorithm on two models, and family × default plan (`scripts/equivalence_page.py`)."""
 
 from __future__ import annotations
 
