@@ -104,7 +104,8 @@ class Line:
         return tuple(f"{self.name}, {each.algorithm}: {text}" for each in self.outcomes for text in each.wrong)
 
 
-SLACKED, SINKS = caches.ring(WINDOW, slack=4), {"window": WINDOW, "sinks": 2}
+SLACKED = caches.ring(WINDOW, slack=4)
+SINKS: dict[str, Any] = {"window": WINDOW, "sinks": 2}
 SHARED = caches.paged(8, share=2)
 EVERY = caches.recompute()
 DECODER = (
