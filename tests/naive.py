@@ -1,8 +1,7 @@
 """A decoder, and an encoder, written out in NumPy, one row at a time, from nothing but the parameters: no cache, no
 masks of kvjax's.
 
-It gives the stream at every site, and takes patches: what the tests of traces and of `resume` compare with. And a beam
-search of a few lines.
+It gives the stream at every site, and takes patches: what the tests of traces and of `resume` compare with.
 """
 
 from __future__ import annotations
@@ -181,28 +180,3 @@ def log_probabilities(logits):
     logits = np.asarray(logits, np.float64)
     top = logits.max(-1, keepdims=True)
     return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-
-
-def beam_search(prompt, budget, width, score, *, penalty=1.0, early=False, stops=(), given=None):
-    """Finished texts with scores, best first, and how often a beam went on from another place.
-
-    `score(text)` are log-probabilities of the token after it; what comes after the first `given` tokens counts.
-    """
-    given = len(prompt) if given is None else given
-    running, finished, crossed = [(0.0, tuple(prompt))], [], 0
-    for n in range(1, budget + 1):
-        count, every = len(prompt) + n - given, []
-        for place, (total, text) in enumerate(running):
-            every += [(total + s, place, (*text, i)) for i, s in enumerate(score(text))]
-        every.sort(key=lambda x: -x[0])
-        for total, _, text in every[:width]:
-            if text[-1] in stops or n == budget:
-                finished.append((total / count**penalty, text))
-        finished = sorted(finished, key=lambda x: -x[0])[:width]
-        chosen = [x for x in every if x[2][-1] not in stops][:width]
-        crossed += [place for _, place, _ in chosen] != list(range(len(running)))
-        running = [(total, text) for total, _, text in chosen]
-        full = len(finished) == width
-        if full and (early or running[0][0] / count**penalty <= finished[-1][0]):
-            break
-    return [(list(text[len(prompt) :]), s) for s, text in finished], crossed

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
-import naive
 import numpy as np
+import plain_beams
 import pytest
-from models import ONE_LAYER_WINDOWED, WINDOW, prompt_ids, tiny
+from models import ONE_LAYER, ONE_LAYER_WINDOWED, WINDOW, prompt_ids, tiny
 from naive import log_probabilities
 
 import kvjax
-from kvjax import CacheError, InputError, caches, codecs
+from kvjax import CacheError, InputError, caches, codecs, sampling
 from kvjax.caches.base import Cache
 from kvjax.loops import beam as loop
 from kvjax.loops import search as search_of
+from kvjax.loops.algorithms import Wanted
+from kvjax.loops.decode import Progress
+from kvjax.stopping import stops_of
 from kvjax.timing import Compilations
 
 MODEL, WIDTH = tiny(ONE_LAYER_WINDOWED), 3
@@ -90,7 +94,7 @@ def with_int8(text):
 
 
 def plain(prompt, budget, penalty, early, stops, score=recomputed):
-    return naive.beam_search(prompt, budget, WIDTH, score, penalty=penalty, early=early, stops=stops)
+    return plain_beams.beam_search(prompt, budget, WIDTH, score, penalty=penalty, early=early, stops=stops)
 
 
 SUMS = 1e-4
@@ -146,6 +150,125 @@ def test_a_search_that_moves_no_cache_is_found(monkeypatch):
     fresh = jax.jit(lambda *args, chunk: search_of._search(*args, chunk=chunk), static_argnames="chunk")
     monkeypatch.setattr(loop, "DONATING", fresh)
     assert not agrees(search(stop_ids=STOPS))[0]
+
+
+# ---------------------------------------------------------------- prompts are kept once
+
+
+def compiled_search(plan, given=lambda beams: beams):
+    """Bytes that a compiled search of prompts of 8,192 tokens needs besides what it is given, and that it updates in
+    place; of those of the prompts."""
+    heads = {"query_heads": 2, "kv_heads": 2, "head_dim": 128}  # so that scores are small beside keys and values
+    model, rows = tiny(dataclasses.replace(ONE_LAYER, **heads)), 3
+
+    def begin(model):
+        cache = kvjax.init_cache(model, plan, batch=rows, capacity=2**13)
+        return kvjax.Beams.begin(cache, jnp.zeros((rows, 96)), width=4, max_new_tokens=9)
+
+    beams = jax.eval_shape(begin, model)
+    size = sum(x.size * x.dtype.itemsize for node in beams.cache.layers for x in jax.tree.leaves(node.prefix))
+    assert size == rows * 2**13 * 2 * 2 * 128 * 4, "keys and values of each prompt once"
+
+    def run(model, beams):
+        return kvjax.beam_search(model, given(beams))
+
+    used = jax.jit(run, donate_argnums=1).lower(model, beams).compile().memory_analysis()
+    return used.temp_size_in_bytes / size, used.alias_size_in_bytes / size
+
+
+@pytest.mark.parametrize("plan", [caches.dense(), pytest.param(caches.paged(128), marks=pytest.mark.full)], ids=str)
+def test_no_beam_moves_or_copies_a_prompt(plan):
+    temporary, aliased = compiled_search(plan)
+    assert temporary < 0.1 and aliased >= 1
+
+
+@pytest.mark.full
+def test_a_prompt_for_each_beam_would_be_found():
+    assert (
+        compiled_search(
+            caches.dense(),
+            lambda b: b.replace(
+                cache=b.cache.replace(
+                    layers=tuple(
+                        node.replace(prefix=node.prefix.take(jnp.arange(3), None, None)) for node in b.cache.layers
+                    )
+                )
+            ),
+        )[0]
+        > 0.5
+    )
+
+
+def test_what_generate_keeps_has_each_prompt_once():
+    cache = kvjax.init_cache(MODEL, caches.dense(), batch=3, capacity=32)
+    logits, cache = kvjax.prefill(MODEL, cache, prompt_ids(4), [16, 7, 1])
+    sizes = cache.layers[0].k.data.shape
+    wanted = Wanted(np.array([36, 19, 2]), np.array([16, 7, 1]), stops_of("", STOPS))
+    state = kvjax.beam(WIDTH).begin(Progress.begin(cache, logits, starts=np.array([16, 7, 1])), wanted)
+    pointers = []
+    for _ in range(2):
+        kept = [x for x in jax.tree.leaves((state.prompts, state.beams)) if x.shape == sizes]
+        assert len(kept) == 2, "the keys and the values of the prompts, nothing else"
+        pointers.append([x.unsafe_buffer_pointer() for x in kept])
+        state = state.advance(MODEL, 1)
+    assert pointers[0] == pointers[1], "steps leave them where they are"
+    assert cache.layers[0].k.data.is_deleted(), "they are those that the prompts were prefilled into"
+
+
+# ---------------------------------------------------------------- rules and edges
+
+
+def test_never_goes_on_while_a_longer_text_could_be_better():
+    """By hand: one text ends at once; another is better only at its full length."""
+    found = {early: search(penalty=1.0, early=early, stop_ids=STOPS) for early in (True, False, "never")}
+    for early, out in found.items():
+        assert agrees(out, early=early)[0]
+    assert found["never"].timings.steps >= found[False].timings.steps >= found[True].timings.steps
+
+
+def test_filters_see_log_probabilities_and_the_text_so_far():
+    beam = kvjax.beam(WIDTH, returned=WIDTH, filters=[sampling.min_new_tokens(4), sampling.no_repeat_ngram(1)])
+    out = kvjax.generate(MODEL, PROMPTS, algorithm=beam, plan=RING, max_new_tokens=BUDGETS, stop_ids=STOPS)
+    for prompt, budget, made in zip(PROMPTS, BUDGETS, out.candidates, strict=True):
+
+        def score(text, prompt=prompt):
+            found = recomputed(text).copy()
+            found[list(set(text))] = -np.inf
+            found[list(STOPS) if len(text) - len(prompt) < 4 else []] = -np.inf
+            return found
+
+        want, _ = plain(prompt, budget, 1.0, False, STOPS, score)
+        assert [x.tokens for x in made] == [text for text, _ in want]
+        np.testing.assert_allclose([x.score for x in made], [s for _, s in want], atol=SUMS)
+
+
+def test_a_prompt_for_which_every_token_is_banned_is_named():
+    beam = kvjax.beam(WIDTH, filters=[only_after_sixteen])
+    with pytest.raises(CacheError, match="prompt 1, beam 0 of length 7, .*no token may be chosen"):
+        kvjax.generate(MODEL, PROMPTS, algorithm=beam, plan=RING, max_new_tokens=4)
+    out = kvjax.generate(MODEL, PROMPTS[:1], algorithm=beam, plan=RING, max_new_tokens=4)
+    assert out.lengths.tolist() == [4]
+    some = kvjax.beam(WIDTH, returned=WIDTH, filters=[sampling.allowed([5, 6])])
+    made = kvjax.generate(MODEL, PROMPTS, algorithm=some, plan=RING, max_new_tokens=1).candidates
+    assert [sorted(x.tokens for x in row) for row in made] == [[[5], [6]]] * 3, "as many as there are, and none twice"
+
+
+def only_after_sixteen(logits, text):
+    return jnp.where((text.lengths >= 16)[:, None], logits, -jnp.inf)
+
+
+def test_an_end_inside_the_prompt_ends_nothing_and_a_sequence_ends_some_beams():
+    prompt = [*PROMPTS[0][:5], STOPS[1], *PROMPTS[0][5:]]
+    out = search([prompt], stop_ids=STOPS, max_new_tokens=20)
+    assert [x.tokens for x in out.candidates[0]] == [text for text, _ in plain(prompt, 20, 1.0, False, STOPS)[0]]
+    free = search([prompt], 0.0, max_new_tokens=8)
+    sequence = free.candidates[0][0].tokens[2:4]
+    out = search([prompt], 0.0, max_new_tokens=8, stop=[sequence])
+    whole = [x.tokens[-2:] == sequence for x in out.candidates[0]]
+    assert any(whole) and [x.stop == "stop" for x in out.candidates[0]] == whole
+    assert all(len(x.tokens) == 8 or end for x, end in zip(out.candidates[0], whole, strict=True))
+    inside = search([[*prompt, sequence[0]]], max_new_tokens=1, stop=[[sequence[0], i] for i in range(96)])
+    assert all(x.stop == "length" for x in inside.candidates[0]), "a sequence must lie in what is new"
 
 
 # ---------------------------------------------------------------- the promises of every loop

@@ -105,10 +105,10 @@ def banned_after(logits, text):
 
 def test_when_every_token_is_banned_the_error_says_so_and_names_the_row(lm, options):
     everything = sampling.banned(range(96))
-    with pytest.raises(CacheError, match=r"row 0.*no token may be chosen: all of them are banned"):
+    with pytest.raises(CacheError, match=r"(row|prompt) 0.*no token may be chosen: all of them are banned"):
         generate(lm, _with(options, everything))
     if lm.model.encode is None:
-        with pytest.raises(CacheError, match=r"row [01].*no token may be chosen"):
+        with pytest.raises(CacheError, match=r"(row|prompt) [01].*no token may be chosen"):
             generate(lm, _with(options, banned_after))
 
 

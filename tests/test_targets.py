@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import naive
 import numpy as np
+import plain_beams
 import pytest
 from models import ONE_LAYER, prompt_ids, tiny
 
@@ -90,14 +91,14 @@ def test_beams_of_a_source_are_those_of_a_plain_search():
         )
         for row, forced in enumerate(TARGETS):
             score = functools.partial(recomputed, row)
-            want, times = naive.beam_search([3, *forced], STEPS, 3, score, penalty=penalty, stops=stops)
+            want, times = plain_beams.beam_search([3, *forced], STEPS, 3, score, penalty=penalty, stops=stops)
             crossed += times
             assert [x.tokens for x in out.candidates[row]] == [text for text, _ in want]
             np.testing.assert_allclose([x.score for x in out.candidates[row]], [s for _, s in want], atol=SUMS)
     assert crossed >= 5
     lm = dataclasses.replace(LM, start_ids=(3, 7))
     out = generate(lm=lm, algorithm=kvjax.beam(3, returned=3), stop_ids=stops)
-    want, _ = naive.beam_search([3, 7], STEPS, 3, functools.partial(recomputed, 0), stops=stops, given=1)
+    want, _ = plain_beams.beam_search([3, 7], STEPS, 3, functools.partial(recomputed, 0), stops=stops, given=1)
     assert out.prompts[0] == [3, 7] and [x.tokens for x in out.candidates[0]] == [text for text, _ in want]
     np.testing.assert_allclose([x.score for x in out.candidates[0]], [s for _, s in want], atol=SUMS)
 
@@ -131,7 +132,7 @@ def test_tokens_that_are_never_chosen_are_not_and_the_others_keep_their_probabil
     assert not set(generate(lm=lm).tokens.ravel().tolist()) & set(never)
     out = generate(lm=lm, algorithm=kvjax.beam(3, returned=3))
     for row, made in enumerate(out.candidates):
-        want, _ = naive.beam_search([3], STEPS, 3, functools.partial(score, row))
+        want, _ = plain_beams.beam_search([3], STEPS, 3, functools.partial(score, row))
         assert [x.tokens for x in made] == [text for text, _ in want]
         np.testing.assert_allclose([x.score for x in made], [s for _, s in want], atol=SUMS)
 

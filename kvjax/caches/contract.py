@@ -184,6 +184,10 @@ class Shared(struct.Value):
         """Tokens that a row can hold, int32 `[1]` or `[B]`; None is as many as the capacity."""
         return None
 
+    def beside(self, other: Any) -> Any:
+        """With what another kind of the plan asks for under the same name."""
+        return self
+
     def reserve(self, span: Span) -> tuple[Any, Array]:
         """Makes room for the new tokens, once a call, before the layers run; tokens of flagged rows are dropped."""
         return self, jnp.zeros_like(span.start)

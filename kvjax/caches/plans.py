@@ -71,7 +71,9 @@ def init_shared(plan: Any, shapes: tuple[LayerShape, ...], batch: int, capacity:
     made: dict[str, Any] = {}
     for kind in dict.fromkeys(kinds_of(plan, shapes)):
         for name, entry in kind.shared(batch, capacity).items():
-            if _outline(made.setdefault(name, entry)) != _outline(entry):
+            have = made.get(name, entry)
+            made[name] = have.beside(entry)
+            if _outline(made[name]) != _outline(entry.beside(have)):
                 raise InputError(f"plan: two kinds ask for different shared {name!r}; give them the same sizes")
     return made
 

@@ -58,6 +58,10 @@ class Prefix(Shared):
         """See `Shared`."""
         return self.tokens.shape[1]
 
+    def beside(self, other: Any) -> Prefix:
+        """See `Shared`: prefixes and suffixes of every layer have their entries here."""
+        return self.replace(prefix=other.prefix | self.prefix, suffix=other.suffix | self.suffix)
+
     def after(self, span: Span) -> Span:
         """The new tokens as a suffix counts them."""
         return span.replace(start=span.start - self.base, base=self.base)

@@ -85,9 +85,8 @@ class Beams(struct.Value):
         budget = jnp.asarray(whole("Beams.begin: max_new_tokens", max_new_tokens, ((), (cache.batch,))))
         most = jnp.iinfo(jnp.int32).max - cache.lengths  # "no limit" must not wrap around
         limits = cache.lengths + jnp.minimum(budget.astype(jnp.int32), most)
-        return _begun(
-            cache, logits, cache.lengths, limits, cache.lengths >= limits, width=whole_width(width), room=room
-        )
+        given = cache.lengths, cache.lengths, limits, cache.lengths >= limits
+        return _begun(cache, logits, *given, width=whole_width(width), room=room)
 
     @property
     def reached(self) -> Array:
