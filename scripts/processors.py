@@ -4,7 +4,7 @@
 
 A group is a chain of filters with their settings, and the logits that Transformers makes of a pool of rows, each with
 the text so far, one row at a time. A run is a tiny model of tests/golden/cases.py with a generation_config.json, and
-the tokens of `generate` by greedy search; each key of the file changes them.
+the tokens of `generate` by greedy search, each key of the file changes them, and by beams.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ STOPS = [5, 11]
 CLEAR = 1e-4
 """A sum of probabilities nearer than this to its bound proves nothing: float32 may put it on either side."""
 STEPS = 24
+BEAMS = 3
 
 SETTINGS: dict[str, list[Any]] = {
     "temperature": [0.3, 1.0, 2.5],
@@ -181,6 +182,24 @@ def generated(model: Any, texts: list[np.ndarray], config: dict[str, Any]) -> tu
     return rows, margin
 
 
+def searched(model: Any, texts: list[np.ndarray], config: dict[str, Any]) -> tuple[list[list[int]], list[float]]:
+    """New tokens of the best of `BEAMS` beams, without padding, and its score."""
+    import torch
+    import transformers
+
+    model.generation_config = transformers.GenerationConfig(**json.loads(json.dumps(config)))
+    rows, scores = [], []
+    for text in texts:
+        ids = torch.from_numpy(text.astype(np.int64))[None]
+        options = {"max_new_tokens": STEPS, "num_beams": BEAMS, "output_scores": True, "return_dict_in_generate": True}
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        new = out.sequences[0, 1 if model.config.is_encoder_decoder else len(text) :].tolist()
+        ends = [i + 1 for i, token in enumerate(new) if token in config["eos_token_id"]]
+        rows.append(new[: ends[0]] if ends else new)
+        scores.append(float(out.sequences_scores[0]))
+    return rows, scores
+
+
 def asked(model: Any, texts: list[np.ndarray], config: dict[str, Any], forced: int) -> Iterator[dict[str, Any]]:
     """Variants of a generation_config.json, made step by step of what the model would write, so that keys matter."""
 
@@ -221,6 +240,10 @@ def runs() -> dict[str, dict[str, Any]]:
             raise SystemExit(f"{name}: in no variant every key matters")
         print(f"{name}: margin {margin:.1e}, {[len(row) for row in tokens]} tokens, {each}")
         made[name] = {"config": each, "texts": [text.tolist() for text in texts], "tokens": tokens}
+        for renormalized in (False, True):
+            best, scores = searched(model, texts, each | {"renormalize_logits": renormalized})
+            print([len(row) for row in best], scores)
+            made[name][f"beams/{renormalized}"] = {"tokens": best, "scores": scores}
     return made
 
 

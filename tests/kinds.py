@@ -73,6 +73,7 @@ TABLE = {
             full=True,
         ),
         Case("shared prefix and pages", caches.shared_prefix(caches.paged(8, share=2)), full=True),
+        Case("prefixes of their own", caches.shared_prefix(share=1), full=True),
     ),
     caches.recompute: (
         Case("recompute", caches.recompute(), keeps=False),

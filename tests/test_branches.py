@@ -80,10 +80,10 @@ def test_rows_decode_as_with_a_copy_of_the_prompt_each(name):
 
 
 def test_a_row_that_reads_its_neighbours_prompt_is_seen():
-    cache = branched(caches.dense())
+    cache = branched(PLANS[FIRST])
     entry = cache.shared["prefix"]
     wrong = cache.replace(shared={"prefix": entry.replace(lengths=entry.lengths[::-1])})
-    want = fed(forked(caches.dense()))[0]
+    want = fed(forked(PLANS[FIRST]))[0]
     assert np.abs(fed(wrong)[0] - want).max() > 1e-3 * np.abs(want).max()
 
 
@@ -102,7 +102,7 @@ def test_prompts_are_kept_once_and_never_copied():
 
 
 def test_what_a_row_can_hold_depends_on_its_prompt_and_nothing_is_lost():
-    cache = branched(PLANS[FIRST], room=8)
+    cache = branched(caches.dense(), room=8)
     np.testing.assert_array_equal(cache.room, np.repeat(PROMPTS, N) + 8)
     assert cache.capacity == 40 and cache.doubled == 48
     logits, over = VALUE.prefill(tiny(MIXED), cache, NEW[:, :9], np.array([8, 9, 9, 8, 1, 8]))
@@ -117,14 +117,14 @@ def test_what_a_row_can_hold_depends_on_its_prompt_and_nothing_is_lost():
 
 
 def test_rows_stay_above_their_own_prompt():
-    cache = fed(branched(caches.paged(4, share=2)))[1]
-    least = np.repeat(PROMPTS, N)
-    np.testing.assert_array_equal(cache.release(range(6)).lengths, least)
-    np.testing.assert_array_equal(cache.rewind(least).lengths, least)
+    cache, least = branched(PLANS[FIRST]), np.repeat(PROMPTS, N)
+    np.testing.assert_array_equal(fed(cache)[1].release(range(6)).lengths, least)
+    below = least - np.eye(6, dtype=np.int32)[2]
     with pytest.raises(CacheError, match="row 2 to length 6 goes into what other rows share"):
-        cache.rewind(least - np.eye(6, dtype=np.int32)[2])
-    flagged = jax.jit(lambda c, to: c.rewind(to))(cache, least - np.eye(6, dtype=np.int32)[2])
+        cache.rewind(below)
+    flagged = jax.jit(lambda c, to: c.rewind(to))(cache, below)
     np.testing.assert_array_equal(flagged.flags, np.eye(6, dtype=np.int32)[2] * REWIND)
+    np.testing.assert_array_equal(flagged.lengths, least)
 
 
 def test_a_row_cannot_go_on_from_another_prompt():

@@ -153,12 +153,18 @@ def loaded(name, folder):
     return load(folder)
 
 
+def generated(name, lm, **options):
+    """What `generate` writes after each text of a golden run, and how many tokens before that Transformers counts."""
+    run = META["runs"][name]
+    forced = max(len(lm.start_ids) - 1, 0)
+    out = kvjax.generate(lm, run["texts"], max_new_tokens=len(run["tokens"][0]) - forced, **options)
+    return out, [row[row >= 0].tolist() for row in out.tokens], forced
+
+
 def written(name, lm):
     """What `generate` writes after each text of a golden run, and what Transformers writes."""
-    run = META["runs"][name]
-    forced = max(len(lm.start_ids) - 1, 0)  # Transformers counts it among the new ones
-    out = kvjax.generate(lm, run["texts"], max_new_tokens=len(run["tokens"][0]) - forced)
-    return [row[row >= 0].tolist() for row in out.tokens], [row[forced:] for row in run["tokens"]]
+    _, ours, forced = generated(name, lm)
+    return ours, [row[forced:] for row in META["runs"][name]["tokens"]]
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +193,18 @@ def test_without_any_one_of_its_filters_the_text_is_another(folders):
         less = lm.filters[:left_out] + lm.filters[left_out + 1 :]
         ours, theirs = written("llama_bias_wide_heads", dataclasses.replace(lm, filters=less))
         assert ours != theirs, lm.filters[left_out]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", META["runs"])
+def test_beams_and_their_scores_are_those_of_transformers_under_the_same_file(name, folders):
+    lm = loaded(name, folders[name])
+    scores = []
+    for more in (False, True):
+        want = META["runs"][name][f"beams/{more}"]
+        each = dataclasses.replace(lm, filters=lm.filters + (own(renormalized),) * more)
+        out, ours, forced = generated(name, each, algorithm=kvjax.beam(3))
+        assert ours == [row[forced:] for row in want["tokens"]]
+        np.testing.assert_allclose(out.scores, want["scores"], atol=1e-5)
+        scores.append(want["scores"])
+    assert np.abs(np.subtract(*scores)).max() > 1e-3, "without renormalizing the scores are others"

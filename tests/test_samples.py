@@ -62,6 +62,14 @@ def test_a_prompt_is_fed_once_however_many_samples_it_has(monkeypatch):
     assert fed == [(1, 32)]
 
 
+def test_samples_share_the_memory_of_their_prompt():
+    prompts = prompt_ids(9, 2, 200).tolist()
+    one, many = (generate(prompts, samples=n, max_new_tokens=4, plan=caches.dense()) for n in (1, 8))
+    assert many.cache.nbytes < 3 * one.cache.nbytes, "of which half is ids"
+    kept = generate(prompts, samples=8, max_new_tokens=4, plan=caches.traced(caches.dense()))
+    assert kept.cache.nbytes > 8 * one.cache.nbytes, "a kind that cannot go on from what rows share has copies"
+
+
 def test_samples_of_a_target_share_its_source():
     sources = [[4, 5, 6], [7, 8]]
     out = generate(sources, TRANSLATOR, samples=3, seed=9)
@@ -111,7 +119,7 @@ def test_log_probabilities_are_those_of_the_forward_pass_whatever_was_filtered()
 
 def test_log_probabilities_are_kept_through_growth_samples_and_a_second_call():
     out = generate(samples=2, logprobs=1, max_new_tokens=300)
-    assert out.cache.capacity == 512 and np.isfinite(out.logprobs.chosen).all()
+    assert np.isfinite(out.logprobs.chosen).all()
     first = generate(samples=2, logprobs=1, max_new_tokens=290)
     more = kvjax.generate(MODEL, after=first, max_new_tokens=10, logprobs=1)
     np.testing.assert_allclose(more.logprobs.chosen, out.logprobs.chosen[:, 290:], atol=2e-5)

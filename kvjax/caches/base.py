@@ -67,6 +67,13 @@ class Cache(struct.Value):
         """A capacity with twice the room for what is the rows' own."""
         return 2 * self.capacity - self.fixed
 
+    def enough(self, lengths: Any) -> int:
+        """The capacity, doubled until rows of `lengths[B]` tokens fit; on the host."""
+        capacity, slots = self.capacity, np.asarray(lengths) + self.capacity - np.asarray(self.room)
+        while (slots > capacity).any():
+            capacity = 2 * capacity - self.fixed
+        return capacity
+
     @property
     def room(self) -> Array:
         """`[B]` int32, tokens that each row can hold: the capacity, or less where rows share prefixes that are shorter

@@ -147,9 +147,7 @@ class Searching:
         begins, texts = fed(self.prompts), self.texts()
         tokens, valid = padded([text[len(begin) :] for text, begin in zip(texts, begins, strict=True)])
         cache = self.prompts if self.prompts.layers else before(self.beams.cache, self.prompts)
-        lost, capacity = cache.capacity - np.asarray(cache.room), cache.capacity
-        while max(len(text) + row for text, row in zip(texts, lost, strict=True)) > capacity:
-            capacity = 2 * capacity - cache.fixed
+        capacity = cache.enough([len(text) for text in texts])
         cache = cache if cache.capacity == capacity else resized(cache, capacity=capacity)
         logits, cache = _fed(model, cache, self.logits, tokens, valid)
         return cache.check(), logits

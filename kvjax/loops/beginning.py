@@ -11,7 +11,7 @@ import numpy as np
 
 from kvjax.caches.base import Cache
 from kvjax.caches.cross import Source
-from kvjax.caching import init_cache
+from kvjax.caching import branched, init_cache
 from kvjax.loops import decode as loop
 from kvjax.loops.generated import Generated
 from kvjax.loops.noted import Noted
@@ -75,11 +75,10 @@ def resumed(
 ) -> loop.Progress:
     """Where an earlier result stands, after more text if there is any; the result stays usable."""
     # The loop donates what it is given; the caller keeps its own.
-    capacity = after.cache.capacity
     if more is None:
         return _copied(after.cache, after.logits, samples=samples, logprobs=logprobs)
     tokens, valid = padded(more)
-    capacity = loop.bucket(int((np.asarray(after.cache.lengths) + valid).max()), capacity)
+    capacity = after.cache.enough(np.asarray(after.cache.lengths) + valid)
     return _fed(model, after.cache, tokens, valid, capacity=capacity, samples=samples, logprobs=logprobs)
 
 
@@ -98,9 +97,10 @@ def _fed(
 
 
 def _branched(cache: Cache, logits: Array, samples: int, logprobs: int | None) -> loop.Progress:
-    """Every row `samples` times, and room for what is noted."""
+    """Every row `samples` times, which share what is there if the kind can, and room for what is noted."""
     if samples > 1:
-        cache, logits = cache.fork(samples), jnp.repeat(logits, samples, axis=0)
+        cache = branched(cache, samples) if cache.branches else cache.fork(samples)
+        logits = jnp.repeat(logits, samples, axis=0)
     noted = None if logprobs is None else Noted.empty(cache.batch, cache.capacity, logprobs, logits)
     return loop.Progress.begin(cache, logits, noted=noted)
 

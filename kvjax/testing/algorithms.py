@@ -149,7 +149,8 @@ class Ranked:
         starts = np.asarray(cache.lengths)
         wanted = Wanted(starts + np.int32(self.steps), starts, _stops(self), self.filters)
         state = self.algorithm.begin(loop.Progress.begin(cache, logits, starts=starts), wanted)
-        while state.look()[1].any():
+        while (look := state.look())[1].any():
+            state = state.grow() if (look[1] & look[2]).any() else state
             state = state.advance(model, loop.ALL)
         best = [row[0] for row in state.ranked() or ()]
         texts = [text[start:] for (text, _), start in zip(best, starts, strict=True)]
