@@ -93,6 +93,8 @@ def test_a_stream_that_is_left_early_still_has_a_result():
     np.testing.assert_array_equal(more.tokens[0], whole().tokens[0, 16:])
     rest = "".join(piece.text for piece in stream if piece.row == 0)
     assert first.text + rest == whole().text[0], "and goes on"
+    again = kvjax.generate(lm(), after=out, max_new_tokens=44)
+    np.testing.assert_array_equal(again.tokens, more.tokens, "what was given early is not used up")
 
 
 def test_a_search_gives_its_text_at_the_end():
