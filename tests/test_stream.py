@@ -11,7 +11,7 @@ from models import ONE_LAYER, tiny
 from test_stops import PROMPTS, tokenizer
 
 import kvjax
-from kvjax import InputError, sampling
+from kvjax import CacheError, InputError, sampling
 
 MODEL = tiny(ONE_LAYER)
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -73,6 +73,12 @@ def scripted(ids):
 def follow(ids, logits, keys, text):
     """The next id of a script, whatever the logits are."""
     return ids[text.new]
+
+
+def test_an_id_that_no_vocabulary_has_is_the_error_of_its_row_where_texts_are_watched_too():
+    for options in ({}, {"stop": "zz"}):
+        with pytest.raises(CacheError, match="row 0, .* a token id was outside the vocabulary"):
+            list(kvjax.stream(lm(), [[1]], sampler=scripted(np.array([5, 300] * 20, np.int32)), seed=0, **options))
 
 
 def test_a_stream_without_a_tokenizer_gives_ids():

@@ -16,12 +16,13 @@ from jax import lax
 from kvjax import sampling, struct
 from kvjax.caches.base import Cache
 from kvjax.caches.flags import NAN, NO_TOKEN
-from kvjax.checks import bucket, is_concrete, whole
+from kvjax.checks import array, bucket, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.feed import feed, finish
 from kvjax.loops.noted import Noted
 from kvjax.model import Model, check_ids, check_valid
 from kvjax.sampling import Text
+from kvjax.sampling.drawing import drawn
 from kvjax.stopping import Stops, stops_of
 from kvjax.types import Array
 
@@ -70,7 +71,7 @@ def _decode(
     def one(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], Array]:
         logits, cache = carry
         text = Text(cache.tokens, cache.lengths, starts, limits, stops)
-        tokens = sampler(logits, sampling.position_keys(keys, cache.lengths), text)
+        tokens = drawn(sampler, logits, sampling.position_keys(keys, cache.lengths), text)
         return _one(model, flag_none(cache, tokens), tokens, (tokens >= 0).astype(jnp.int32)), tokens
 
     (logits, cache), tokens = lax.scan(one, (logits, cache), None, length=steps)
@@ -136,7 +137,7 @@ def _decode_until(
         cache, noted = state.cache, state.noted
         rests = state.done(ends) | (cache.lengths >= room)
         text = Text(cache.tokens, cache.lengths, starts, limits, stops.ids, copies=state.copies)
-        tokens = sampler(state.logits, sampling.position_keys(keys, cache.lengths), text)
+        tokens = drawn(sampler, state.logits, sampling.position_keys(keys, cache.lengths), text)
         tokens = jnp.where(rests, 0, tokens)
         rests = rests | (tokens < 0)
         if noted is not None:
@@ -335,7 +336,7 @@ def seeds_of(seed: Any, batch: int) -> Array:
     """
     if not is_concrete(seed):
         return jnp.broadcast_to(seed.astype(jnp.uint32), (batch,))
-    values = np.asarray(seed)
+    values = array("seed", seed)
     if values.ndim > 1 or values.shape not in ((), (batch,)) or not np.issubdtype(values.dtype, np.integer):
         raise InputError(f"seed: {seed!r} must be an int, or one a row for {batch} rows")
     if values.size and (values.min() < 0 or values.max() > 0xFFFFFFFF):
