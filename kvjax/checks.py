@@ -33,10 +33,7 @@ def whole(name: str, x: Any, shapes: tuple[tuple[int, ...], ...] | None = None, 
         InputError: (or `error`) not whole numbers, beyond 32 bits, or of another shape.
     """
     if not isinstance(x, jax.Array):
-        try:
-            x = np.asarray(x)
-        except (TypeError, ValueError) as problem:
-            raise error(f"{name} must be whole numbers in rows of equal length ({problem})") from None
+        x = array(name, x, error)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         given = f"{x.dtype}{list(x.shape)}" if x.ndim else f"{x}"
         raise error(f"{name} {given} must be whole numbers")
@@ -51,6 +48,18 @@ def whole(name: str, x: Any, shapes: tuple[tuple[int, ...], ...] | None = None, 
     if beyond.any():
         raise error(f"{name} holds {x[beyond].flat[0]}, beyond 32 bits")
     return x.astype(np.int32)
+
+
+def array(name: str, x: Any, error: type = InputError) -> Any:
+    """`x` as a NumPy array, of any dtype.
+
+    Raises:
+        InputError: (or `error`) rows of different lengths.
+    """
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError) as problem:
+        raise error(f"{name} must be whole numbers in rows of equal length ({problem})") from None
 
 
 def either(name: str, x: Any) -> bool:
@@ -76,4 +85,4 @@ def bucket(length: int, least: int = BUCKET, most: int | None = None) -> int:
     return size if most is None else max(length, min(size, most))
 
 
-__all__ = ["whole", "either", "is_concrete", "bucket", "BUCKET", "MOST"]
+__all__ = ["whole", "array", "either", "is_concrete", "bucket", "BUCKET", "MOST"]

@@ -138,7 +138,7 @@ def traced(model, cache):
     yield jax.make_jaxpr(VALUE.step)(model, cache, rows)
     yield jax.make_jaxpr(lambda *x: VALUE.decode(*x, steps=3))(model, cache, logits, sampler, seeds)
     yield jax.make_jaxpr(lambda *x: VALUE.until(*x, chunk=3))(
-        model, state, sampler, seeds, stops_of("test"), rows, np.int32(1)
+        model, state, sampler, seeds, stops_of("test"), rows, rows, np.int32(1)
     )
 
 

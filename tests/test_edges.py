@@ -12,7 +12,7 @@ import pytest
 from models import ONE_LAYER, prompt_ids, tiny
 
 import kvjax
-from kvjax import CacheError, sampling
+from kvjax import CacheError, InputError, sampling
 from kvjax.ops.positions import Learned
 
 PROMPTS = [row[:n].tolist() for row, n in zip(prompt_ids(4), (16, 7, 1), strict=True)]
@@ -141,3 +141,45 @@ def coin(params, config, cache, tokens, valid):
     q = jnp.ones((*tokens.shape, 1, 2))
     out, cache = kvjax.attend(cache, 0, q=q, kv=(q, q))
     return params["table"][tokens] + 0 * out[:, :, 0], cache
+
+
+def one_for_all(logits, text):
+    return logits[:1]
+
+
+def column(logits, keys, text):
+    return jnp.argmax(logits, axis=1)[:, None]
+
+
+def fraction(logits, keys, text):
+    return text.new.astype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (sampling.greedy(one_for_all), r"a filter must give logits \[3, 96\], not float32\[1, 96\]"),
+        (column, r"a sampler must give ids \[3\], not int32\[3, 1\]"),
+        (fraction, r"a sampler must give ids \[3\], not float32\[3\]"),
+    ],
+)
+def test_what_a_filter_or_sampler_of_ones_own_gives_is_not_broadcast_to_other_rows(sampler, message):
+    with pytest.raises(InputError, match=message):
+        generate(MODELS["decoder"], {}, sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop_ids": 5}, "stop_ids must be a list of ids"),
+        ({"max_new_tokens": [[1], [2, 3]]}, "max_new_tokens"),
+        ({"seed": [[1], [2, 3]], "samples": 2}, "seed"),
+        ({"seed": 2**32 - 1, "samples": 2}, "seed: .* must lie between 0 and 4294967295"),
+        ({"prompts": 5}, "prompts must be text, or a list"),
+        ({"prompts": [[[1, 2], [3]]]}, "prompt 0 must be whole numbers in rows of equal length"),
+        ({"after": "text"}, "after must be what generate gave, not str"),
+    ],
+)
+def test_arguments_of_the_wrong_sort_are_errors_that_name_them(options, message):
+    with pytest.raises(InputError, match=message):
+        kvjax.generate(MODELS["decoder"], **({"prompts": PROMPTS} | options))

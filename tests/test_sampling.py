@@ -288,6 +288,7 @@ def test_a_filter_and_a_sampler_of_ones_own_are_functions_or_partials_and_other_
         (lambda: sampling.logit_bias([1, 2]), "logit_bias: biases must be a dict"),
         (lambda: sampling.logit_bias({1: np.inf}), "logit_bias: biases: that of 1 must be a finite number"),
         (lambda: sampling.logit_bias([{}, {1: np.nan}]), "row 1: that of 1 must be"),
+        (lambda: sampling.logit_bias({1: 1e39}), "must be a finite number of float32"),
         (lambda: sampling.logit_bias({"a": 1.0}), "logit_bias: biases"),
         (lambda: sampling.sequence_bias([((1,), 2.0)]), "sequence_bias: biases must be a dict"),
         (lambda: sampling.sequence_bias({(1, 2): np.inf}), r"that of \(1, 2\) must be"),

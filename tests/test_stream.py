@@ -11,7 +11,7 @@ from models import ONE_LAYER, tiny
 from test_stops import PROMPTS, tokenizer
 
 import kvjax
-from kvjax import InputError, sampling
+from kvjax import CacheError, InputError, sampling
 
 MODEL = tiny(ONE_LAYER)
 BROKEN = "\N{REPLACEMENT CHARACTER}"
@@ -75,6 +75,12 @@ def follow(ids, logits, keys, text):
     return ids[text.new]
 
 
+def test_an_id_that_no_vocabulary_has_is_the_error_of_its_row_where_texts_are_watched_too():
+    for options in ({}, {"stop": "zz"}):
+        with pytest.raises(CacheError, match="row 0, .* a token id was outside the vocabulary"):
+            list(kvjax.stream(lm(), [[1]], sampler=scripted(np.array([5, 300] * 20, np.int32)), seed=0, **options))
+
+
 def test_a_stream_without_a_tokenizer_gives_ids():
     stream = kvjax.stream(MODEL, PROMPTS, **OPTIONS)
     pieces = list(stream)
@@ -93,6 +99,8 @@ def test_a_stream_that_is_left_early_still_has_a_result():
     np.testing.assert_array_equal(more.tokens[0], whole().tokens[0, 16:])
     rest = "".join(piece.text for piece in stream if piece.row == 0)
     assert first.text + rest == whole().text[0], "and goes on"
+    again = kvjax.generate(lm(), after=out, max_new_tokens=44)
+    np.testing.assert_array_equal(again.tokens, more.tokens, "what was given early is not used up")
 
 
 def test_a_search_gives_its_text_at_the_end():

@@ -111,18 +111,19 @@ class Draw:
     def begin(self, progress: loop.Progress, wanted: Wanted) -> Drawing:
         """See `Algorithm`."""
         sampler = Filtered(wanted.filters, self.sampler) if wanted.filters else self.sampler
-        return Drawing(progress, np.asarray(progress.cache.lengths), wanted, sampler, self.seeds)
+        return Drawing(progress, np.asarray(progress.cache.lengths), wanted, sampler, self.seeds, wanted.limits)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drawing:
-    """See `UnderWay`."""
+    """See `UnderWay`; `ends[B]` are lengths at which rows rest: their limits, or where a stop string was found."""
 
     progress: loop.Progress
     starts: np.ndarray
     wanted: Wanted
     sampler: Any
     seeds: np.ndarray
+    ends: np.ndarray
     before: loop.Progress | None = None
 
     grows = True
@@ -131,7 +132,7 @@ class Drawing:
         """See `UnderWay`."""
         cache = self.progress.cache.check()
         lengths = np.asarray(cache.lengths)
-        wants = ~np.asarray(self.progress.stopped) & (lengths < self.wanted.limits)
+        wants = ~np.asarray(self.progress.stopped) & (lengths < self.ends)
         return lengths, wants, lengths >= np.asarray(cache.room)
 
     def grow(self) -> Drawing:
@@ -143,22 +144,20 @@ class Drawing:
         return self._run(loop.VALUE if self.wanted.again else loop.DONATING, model, chunks)
 
     def again(self, model: Model, chunks: int, ends: Sequence[int | None]) -> Drawing:
-        """The last `advance` once more, with rows that end at some length, or None.
+        """The last `advance` once more, with rows that rest at some length, or None.
 
         The same tokens come again: the cache before the chunk is a value, and so are the keys.
         """
-        limits = np.array([m if end is None else min(m, end) for m, end in zip(self.wanted.limits, ends, strict=True)])
-        ended = dataclasses.replace(self, wanted=dataclasses.replace(self.wanted, limits=limits.astype(np.int32)))
-        if self.before is None or (np.asarray(self.progress.cache.lengths) <= limits).all():
+        least = np.array([m if end is None else min(m, end) for m, end in zip(self.ends, ends, strict=True)], np.int32)
+        ended = dataclasses.replace(self, ends=least)
+        if self.before is None or (np.asarray(self.progress.cache.lengths) <= least).all():
             return ended
         return dataclasses.replace(ended, progress=self.before)._run(loop.VALUE, model, chunks)
 
     def _run(self, programs: loop.Programs, model: Model, chunks: int) -> Drawing:
         wanted, chunk = self.wanted, self.wanted.every
-        limits, count = wanted.limits, np.int32(chunks)
-        progress = programs.until(
-            model, self.progress, self.sampler, self.seeds, wanted.stops, limits, count, chunk=chunk
-        )
+        bounds = wanted.stops, wanted.limits, self.ends, np.int32(chunks)
+        progress = programs.until(model, self.progress, self.sampler, self.seeds, *bounds, chunk=chunk)
         return dataclasses.replace(self, progress=progress, before=self.progress if wanted.again else None)
 
     def count(self) -> tuple[int, int]:

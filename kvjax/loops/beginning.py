@@ -82,6 +82,12 @@ def resumed(
     return _fed(model, after.cache, tokens, valid, capacity=capacity, samples=samples, logprobs=logprobs)
 
 
+@jax.jit
+def copied(tree: Any) -> Any:
+    """Arrays that nobody else has; one program."""
+    return jax.tree.map(jnp.copy, tree)
+
+
 @functools.partial(jax.jit, static_argnames=("samples", "logprobs"))
 def _copied(cache: Cache, logits: Array, *, samples: int, logprobs: int | None) -> loop.Progress:
     return jax.tree.map(jnp.copy, _branched(cache, logits, samples, logprobs))
@@ -105,4 +111,4 @@ def _branched(cache: Cache, logits: Array, samples: int, logprobs: int | None) -
     return loop.Progress.begin(cache, logits, noted=noted)
 
 
-__all__ = ["prefilled", "resumed"]
+__all__ = ["prefilled", "resumed", "copied"]

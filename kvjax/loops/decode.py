@@ -16,12 +16,13 @@ from jax import lax
 from kvjax import sampling, struct
 from kvjax.caches.base import Cache
 from kvjax.caches.flags import NAN, NO_TOKEN
-from kvjax.checks import bucket, is_concrete, whole
+from kvjax.checks import array, bucket, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.feed import feed, finish
 from kvjax.loops.noted import Noted
 from kvjax.model import Model, check_ids, check_valid
 from kvjax.sampling import Text
+from kvjax.sampling.drawing import drawn
 from kvjax.stopping import Stops, stops_of
 from kvjax.types import Array
 
@@ -70,7 +71,7 @@ def _decode(
     def one(carry: tuple[Array, Cache], _: None) -> tuple[tuple[Array, Cache], Array]:
         logits, cache = carry
         text = Text(cache.tokens, cache.lengths, starts, limits, stops)
-        tokens = sampler(logits, sampling.position_keys(keys, cache.lengths), text)
+        tokens = drawn(sampler, logits, sampling.position_keys(keys, cache.lengths), text)
         return _one(model, flag_none(cache, tokens), tokens, (tokens >= 0).astype(jnp.int32)), tokens
 
     (logits, cache), tokens = lax.scan(one, (logits, cache), None, length=steps)
@@ -104,9 +105,9 @@ class Progress(struct.Value):
         """After a prefill, with nothing new."""
         return cls(cache, logits, jnp.zeros((cache.batch,), bool), jnp.zeros((), jnp.int32), **more)
 
-    def done(self, limits: Array) -> Array:
-        """`[B]` bool, rows that want no more: stopped, at their limit, or flagged."""
-        return self.stopped | (self.cache.lengths >= limits) | (self.cache.flags != 0)
+    def done(self, ends: Array) -> Array:
+        """`[B]` bool, rows that want no more: stopped, at their end, or flagged."""
+        return self.stopped | (self.cache.lengths >= ends) | (self.cache.flags != 0)
 
     def resize(self, capacity: int) -> Progress:
         """The same with room for `capacity` tokens a row."""
@@ -115,9 +116,18 @@ class Progress(struct.Value):
 
 
 def _decode_until(
-    model: Model, state: Progress, sampler: Any, seeds: Array, stops: Stops, limits: Array, chunks: Array, chunk: int
+    model: Model,
+    state: Progress,
+    sampler: Any,
+    seeds: Array,
+    stops: Stops,
+    limits: Array,
+    ends: Array,
+    chunks: Array,
+    chunk: int,
 ) -> Progress:
-    # limits [B] are absolute lengths; at most `chunks` scans of `chunk` steps
+    # limits [B] are absolute lengths that filters see, ends [B] those at which rows rest, no longer; at most `chunks`
+    # scans of `chunk` steps
     keys = sampling.row_keys(seeds)
     room, outside = state.cache.room, state.cache.capacity
     starts = state.cache.lengths if state.starts is None else state.starts
@@ -125,9 +135,9 @@ def _decode_until(
 
     def one(state: Progress, _: None) -> tuple[Progress, None]:
         cache, noted = state.cache, state.noted
-        rests = state.done(limits) | (cache.lengths >= room)
+        rests = state.done(ends) | (cache.lengths >= room)
         text = Text(cache.tokens, cache.lengths, starts, limits, stops.ids, copies=state.copies)
-        tokens = sampler(state.logits, sampling.position_keys(keys, cache.lengths), text)
+        tokens = drawn(sampler, state.logits, sampling.position_keys(keys, cache.lengths), text)
         tokens = jnp.where(rests, 0, tokens)
         rests = rests | (tokens < 0)
         if noted is not None:
@@ -142,7 +152,7 @@ def _decode_until(
         ), None
 
     def more(carry: tuple[Array, Progress]) -> Array:
-        wants = ~carry[1].done(limits)
+        wants = ~carry[1].done(ends)
         return (carry[0] < chunks) & jnp.any(wants) & ~jnp.any(wants & (carry[1].cache.lengths >= room))
 
     def run(carry: tuple[Array, Progress]) -> tuple[Array, Progress]:
@@ -309,7 +319,7 @@ def decode_until(
     state = Progress.begin(cache, logits, starts=starts, noted=noted)
     chosen = sampling.checked(sampler)
     seeds, stops = seeds_of(seed, cache.batch), stops_of("decode_until", stop_ids, stop_sequences)
-    return _run.until(model, state, chosen, seeds, stops, limits, np.int32(ALL), chunk=chunk)
+    return _run.until(model, state, chosen, seeds, stops, limits, limits, np.int32(ALL), chunk=chunk)
 
 
 def _starts(name: str, cache: Cache, starts: Any) -> Array | None:
@@ -326,7 +336,7 @@ def seeds_of(seed: Any, batch: int) -> Array:
     """
     if not is_concrete(seed):
         return jnp.broadcast_to(seed.astype(jnp.uint32), (batch,))
-    values = np.asarray(seed)
+    values = array("seed", seed)
     if values.ndim > 1 or values.shape not in ((), (batch,)) or not np.issubdtype(values.dtype, np.integer):
         raise InputError(f"seed: {seed!r} must be an int, or one a row for {batch} rows")
     if values.size and (values.min() < 0 or values.max() > 0xFFFFFFFF):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from kvjax.caches.base import Cache
 from kvjax.lm import LM
 from kvjax.loops import decode as loop
 from kvjax.loops.algorithms import Algorithm
+from kvjax.loops.beginning import copied
 from kvjax.loops.generated import Generated
 from kvjax.loops.run import Run
 from kvjax.model import Model
@@ -138,8 +140,13 @@ class Stream(Iterator[Piece]):
         return next(self._pieces)
 
     def result(self) -> Generated:
-        """What `generate` gives, of what was made until now: everything, once the iterator has ended."""
-        return self._run.result()
+        """What `generate` gives, of what was made until now: everything, once the iterator has ended. It stays usable
+        when the iterator goes on."""
+        out = self._run.result()
+        if not self._run.state.look()[1].any():
+            return out
+        cache, logits = copied((out.cache, out.logits))  # the next chunk uses up what there is
+        return dataclasses.replace(out, cache=cache, logits=logits)
 
     def _made(self) -> Iterator[Piece]:
         done = [0] * len(self._run.prompts)

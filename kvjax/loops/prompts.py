@@ -8,7 +8,7 @@ import numpy as np
 
 from kvjax.caches.base import Cache
 from kvjax.caching import source_limits
-from kvjax.checks import bucket
+from kvjax.checks import array, bucket
 from kvjax.errors import InputError
 from kvjax.lm import LM
 from kvjax.model import Model
@@ -54,7 +54,7 @@ def limits_of(model: Model, ids: list[list[int]], max_new_tokens: Any, usual: An
     if max_new_tokens is None:
         room = usual if model.max_positions is None else np.maximum(model.max_positions - lengths, 0)
         max_new_tokens = np.minimum(usual, room)
-    budget = np.asarray(max_new_tokens)
+    budget = array("generate: max_new_tokens", max_new_tokens)
     if budget.shape not in ((), (len(ids),)) or not np.issubdtype(budget.dtype, np.integer) or (budget < 0).any():
         raise InputError(f"generate: max_new_tokens {max_new_tokens!r} must be 0 or more, one or {len(ids)} numbers")
     limits = lengths + np.minimum(budget, np.iinfo(np.int32).max).astype(np.int64)
@@ -75,6 +75,8 @@ def encode(lm: LM | Model, prompts: Any, name: str = "generate") -> list[list[in
         InputError: there is none, or one is empty, no text and no ids, or has ids outside the vocabulary.
     """
     model = model_of(lm)
+    if not np.iterable(prompts):
+        raise InputError(f"{name}: prompts must be text, or a list of texts or of lists of ids, not {prompts!r}")
     rows, vocab = [], model.vocab_size if model.encode is None else source_limits(model)[1]
     for row, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
         if isinstance(prompt, str):
@@ -84,7 +86,7 @@ def encode(lm: LM | Model, prompts: Any, name: str = "generate") -> list[list[in
             prompt = tokenizer.encode(text)
             if model.encode is not None and not tokenizer.encode_bare(text):
                 raise InputError(f"{name}: prompt {row}, {text[:40]!r}, has nothing the tokenizer knows")
-        if np.size(prompt) == 0:
+        if array(f"{name}: prompt {row}", prompt).size == 0:
             raise InputError(f"{name}: prompt {row} is empty; give at least one id")
         rows.append(ids_of(f"prompt {row}", prompt, vocab, name))
     if not rows:
@@ -128,7 +130,7 @@ def more_of(lm: LM | Model, prompts: Any, rows: int) -> list[list[int]]:
     Raises:
         InputError: another number than rows, one that is empty, no text and no ids, or with ids outside the vocabulary.
     """
-    each = [prompts] if isinstance(prompts, str) else list(prompts)
+    each = [prompts] if isinstance(prompts, str) or not np.iterable(prompts) else list(prompts)
     if len(each) != rows:
         raise InputError(f"generate: {len(each)} prompts are to follow the {rows} rows of after")
     model, found = model_of(lm), []
@@ -136,7 +138,7 @@ def more_of(lm: LM | Model, prompts: Any, rows: int) -> list[list[int]]:
         if isinstance(given, str):
             tokenizer = with_tokenizer(lm, f"prompt {row}")
             given = tokenizer.encode_bare(given) if model.encode is None else tokenizer.encode_target(given)
-        if np.size(given) == 0:
+        if array(f"generate: prompt {row}", given).size == 0:
             raise InputError(f"generate: prompt {row} is empty; give at least one id to follow after")
         found.append(ids_of(f"prompt {row}", given, model.vocab_size))
     return found
@@ -183,7 +185,7 @@ def ids_of(what: str, given: Any, vocab: int | None, name: str = "generate") -> 
     Raises:
         InputError: no ids, or one outside the vocabulary; names `what`.
     """
-    ids = np.asarray(given)
+    ids = array(f"{name}: {what}", given)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"{name}: {what} must be text or a list of ids, not {ids.dtype}{list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= (vocab or 2**31):

@@ -13,6 +13,7 @@ import numpy as np
 from kvjax import sampling
 from kvjax.caches.base import SOURCE, Cache
 from kvjax.caching import encode as encoded
+from kvjax.checks import array
 from kvjax.config import Config
 from kvjax.errors import InputError
 from kvjax.lm import LM
@@ -34,6 +35,7 @@ from kvjax.loops.prompts import (
 )
 from kvjax.loops.watch import Strings, Watch
 from kvjax.model import Model
+from kvjax.sampling.contract import id_list
 from kvjax.stopping import Stops, found, stops_of
 from kvjax.timing import Compilations
 
@@ -123,6 +125,8 @@ class Run:
             every=every,
         )
         plan = tuple(plan) if isinstance(plan, list) else plan
+        if stop_ids is not None:
+            id_list("generate: stop_ids", stop_ids)
         sources: list[list[int]] | None = None
         more: list[list[int]] | None = None
         forced, usual = 0, np.asarray(BUDGET)
@@ -332,6 +336,8 @@ def _agree(model: Model, **given: Any) -> None:
 
 
 def _check_after(model: Model, after: Generated) -> None:
+    if not isinstance(after, Generated):
+        raise InputError(f"generate: after must be what generate gave, not {type(after).__name__}")
     if isinstance(model.config, Config) and len(after.cache.layers) != model.config.num_layers:
         here, there = model.config.num_layers, len(after.cache.layers)
         raise InputError(f"generate: after has a cache of {there} layers, the model has {here}")
@@ -343,11 +349,12 @@ def _seeds(seed: Any, after: Generated | None, rows: int, samples: int) -> np.nd
     """`[rows * samples]` uint32: one a sample as given, or those of rows, and of sample i these plus i."""
     if seed is None and after is not None:
         each = after.seeds
-    elif samples > 1 and np.shape(seed) == (rows * samples,):
+    elif samples > 1 and array("seed", seed).shape == (rows * samples,):
         return np.asarray(loop.seeds_of(seed, rows * samples))
     else:
         each = np.asarray(loop.seeds_of(0 if seed is None else seed, rows))
-    return (each[:, None] + np.arange(samples, dtype=np.uint32)).reshape(-1).astype(np.uint32)
+    every = each.astype(np.int64)[:, None] + np.arange(samples)
+    return np.asarray(loop.seeds_of(every.reshape(-1).tolist(), rows * samples))
 
 
 def _watches(lm: LM | Model, ids: list[list[int]], starts: np.ndarray, strings: Strings) -> tuple[Watch, ...]:

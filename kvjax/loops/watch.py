@@ -61,6 +61,8 @@ class Watch:
         for n, one in enumerate(ids, 1):
             if self.ended:
                 return n - 1
+            if not 0 <= one < self._tokenizer.vocab_size:
+                return None  # flagged on the device
             self._new.append(one)
             before = len(self._seen)
             self._seen += self._stream.push(one)

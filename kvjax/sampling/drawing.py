@@ -72,10 +72,33 @@ class Filtered(struct.Value):
 
 
 def filtered(filters: tuple[Any, ...], logits: Array, text: Text | None) -> Array:
-    """`[B, V]`, after all filters in order."""
+    """`[B, V]`, after all filters in order.
+
+    Raises:
+        InputError: a filter gives something of another shape, which could be broadcast to other rows.
+    """
     for each in filters:
-        logits = each(logits, text)
+        found = each(logits, text)
+        if getattr(found, "shape", None) != logits.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+            raise InputError(f"sampling: a filter must give logits {list(logits.shape)}, not {_seen(found)}")
+        logits = found
     return logits
+
+
+def drawn(sampler: Any, logits: Array, keys: Array, text: Text) -> Array:
+    """`[B]` int32, what a sampler of any kind chooses; see `Sampler`.
+
+    Raises:
+        InputError: it gives something of another shape, or no whole numbers.
+    """
+    tokens = sampler(logits, keys, text)
+    if getattr(tokens, "shape", None) != logits.shape[:1] or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(f"sampling: a sampler must give ids [{logits.shape[0]}], not {_seen(tokens)}")
+    return tokens.astype(jnp.int32)
+
+
+def _seen(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
 
 
 def greedy(*filters: Any) -> Greedy:
@@ -146,6 +169,7 @@ __all__ = [
     "Chain",
     "Filtered",
     "filtered",
+    "drawn",
     "greedy",
     "chain",
     "own",
