@@ -79,14 +79,73 @@ def test_a_model_that_repeats_itself_proves_nothing():
     assert "1 distinct tokens, fewer than 16" in str(report) and not report.ok
 
 
-def test_sampled_scores_are_what_the_draw_compares():
-    draw = testing.sampled(sampling.chain(sampling.temperature([0.0, 0.9, 0.7]), sampling.top_k(10)))
-    logits, seeds = (
-        jnp.asarray(np.random.default_rng(0).normal(size=(3, 96)), jnp.float32),
-        np.arange(3, dtype=np.uint32),
+def text(tokens, starts=3):
+    """The same text in three rows."""
+    rows = jnp.tile(jnp.asarray(tokens, jnp.int32), (3, 1))
+    lengths = jnp.full(3, rows.shape[1], jnp.int32)
+    return sampling.Text(rows, lengths, jnp.full(3, starts, jnp.int32), lengths + 9, jnp.zeros(0, jnp.int32))
+
+
+def test_scores_are_what_the_draw_compares_with_filters_that_read_the_text():
+    chain = sampling.chain(sampling.repetition_penalty(1.7), sampling.temperature([0.0, 0.9, 0.7]), sampling.top_k(10))
+    draw, so_far = testing.sampled(chain), text([5, 7, 2, 90, 1])
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 96)), jnp.float32)
+    seeds = np.arange(3, dtype=np.uint32)
+    keys = sampling.position_keys(sampling.row_keys(jnp.asarray(seeds)), so_far.lengths)
+    found = draw.scores(logits, so_far, seeds)
+    np.testing.assert_array_equal(jnp.argmax(found, axis=1), draw.sampler(logits, keys, so_far))
+    assert (np.asarray(found) != np.asarray(draw.scores(logits, text([6, 8, 3, 91, 4]), seeds))).any()
+    stops = testing.until(sampling.chain(sampling.min_new_tokens(9)), stop_ids=[4])
+    assert np.isneginf(np.asarray(stops.scores(logits, so_far, seeds))[:, 4]).all(), "its stops are in the text"
+
+
+def scored(new):
+    """Made up: token 3 is the best by 0.5, 1 and 2 are equally good; after a 2 all are worse by one."""
+    return np.array([-4.0, -1.0, -1.0, -0.5]) - (2 in new), 10.0
+
+
+def test_texts_that_were_ranked_are_as_far_apart_as_their_scores():
+    search = testing.beam(2, length_penalty=2.0)
+    assert search.gap(scored, [1, 3], [3, 1]) == (0.0, 10.0)
+    assert search.gap(scored, [1, 1], [3]) == (pytest.approx(0.5 - 2 / 4), 10.0)
+    assert search.gap(scored, [2, 3], [3, 2])[0] == pytest.approx(1 / 4)
+    draw = testing.sampled()
+    assert draw.gap(scored, [1, 3], [2, 3]) == (0.0, 10.0)
+    assert draw.gap(scored, [1, 3, 0], [1, 3, 1]) == (3.0, 10.0)
+    assert draw.gap(scored, [1, 3], [1])[0] == float("inf"), "an end is no tie"
+    wrong = dataclasses.replace(outcome(), scores=("seed 0, row 1: the same text, score 1 became 2",))
+    assert not wrong.ok and "became 2" in str(equivalence.Report((wrong,)))
+
+
+PUBLIC = [
+    sampling.chain(sampling.frequency_penalty(0.5), sampling.temperature(0.9)),
+    testing.until(
+        sampling.chain(sampling.min_new_tokens(20), sampling.temperature(0.9)),
+        stop_ids=(3, 50),
+        stop_sequences=[(4, 5)],
+        name="stops",
+    ),
+    testing.sampled(samples=2, steps=24),
+    kvjax.beam(3),
+    testing.beam(
+        3,
+        filters=[sampling.no_repeat_ngram(2), sampling.min_new_tokens(20)],
+        stop_ids=(3, 50),
+        length_penalty=0.0,
+        name="beams, stops",
+    ),
+]
+
+
+@pytest.mark.parametrize("which", [4, *(pytest.param(i, marks=pytest.mark.full) for i in range(4))])
+def test_what_public_loops_take_is_compared_and_finds_a_window_too_short(which):
+    plans = {"ring": caches.ring(WINDOW), "too short by one": caches.ring(WINDOW - 1)}
+    found = testing.check_equivalence(
+        tiny(ONE_LAYER_WINDOWED), plans, [PUBLIC[which]], seeds=[0], splits=[(5, 11)], distinct=8
     )
-    keys = sampling.position_keys(sampling.row_keys(jnp.asarray(seeds)), jnp.full(3, 7))
-    np.testing.assert_array_equal(jnp.argmax(draw.scores(logits, 7, seeds), axis=1), draw.sampler(logits, keys))
+    right, wrong = found.outcomes
+    assert right.ok and not right.differences, found
+    assert right.tokens >= 3 * 20 and not wrong.ok and wrong.differences and not wrong.differences[0].tie
 
 
 def test_mistakes_are_errors():
@@ -95,4 +154,6 @@ def test_mistakes_are_errors():
     with pytest.raises(kvjax.InputError, match="a prompt is empty"):
         testing.check_equivalence(tiny(ONE_LAYER), [caches.dense()], prompts=[[1], []])
     with pytest.raises(kvjax.InputError, match="chain"):
-        testing.sampled(sampling.greedy())
+        testing.sampled(sampling.top_k(3))
+    with pytest.raises(kvjax.InputError, match="is no algorithm"):
+        testing.check_equivalence(tiny(ONE_LAYER), [caches.dense()], [sampling.top_k(3)])

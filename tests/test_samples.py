@@ -128,6 +128,19 @@ def test_log_probabilities_are_kept_through_growth_samples_and_a_second_call():
     np.testing.assert_allclose(np.exp(many.logprobs.values[:, :, :96]).sum(axis=2), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("lm", [MODEL, TRANSLATOR], ids=["decoder", "with an encoder"])
+def test_log_probabilities_of_the_best_of_a_search_add_up_to_its_score(lm):
+    options = {"algorithm": kvjax.beam(3, length_penalty=0.0), "max_new_tokens": [9, 0]}
+    out = kvjax.generate(lm, PROMPTS, logprobs=96, **options)
+    want = kvjax.generate(lm, PROMPTS, **options)
+    np.testing.assert_array_equal(out.tokens, want.tokens)
+    np.testing.assert_allclose(out.logprobs.chosen[0].sum(), out.scores[0], atol=1e-4)  # of nine, each right to 1e-5
+    assert np.isnan(out.logprobs.chosen[1]).all() and want.logprobs is None
+    place = np.argmax(out.logprobs.ids[0] == out.tokens[0][:, None], axis=1)
+    chosen = np.take_along_axis(out.logprobs.values[0], place[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(chosen, out.logprobs.chosen[0], atol=1e-6)
+
+
 # ---------------------------------------------------------------- more text
 
 

@@ -112,12 +112,13 @@ def test_every_kind_scores_what_it_should(case, quickly):
 def test_a_row_without_tokens_is_left_as_it_is():
     case = kinds.cases()[0]
     logits, cache = case.filled()
-    found, after, other = kvjax.loglikelihood(case.model, cache, logits, MORE, [24, 0, 1])
+    found, after, other = kvjax.loglikelihood(case.model, cache, logits, MORE, [24, 0, 1], best=3)
     assert not np.asarray(found.logprobs)[1].any() and not np.asarray(found.greedy)[1].any()
     np.testing.assert_array_equal(after[1], logits[1])
     np.testing.assert_array_equal(other.lengths, PROMPTS + [24, 0, 1])
 
 
+@pytest.mark.full
 def test_greedy_tokens_are_greedy_and_another_is_not():
     case = kinds.cases()[0]
     logits, cache = case.filled()
@@ -154,6 +155,7 @@ def plain(model, prompt, tokens):
     return jnp.take_along_axis(table, tokens[:, :, None], axis=-1)[:, :, 0].sum(axis=1)
 
 
+@pytest.mark.full
 def test_it_can_be_jitted_vmapped_and_differentiated_on_a_model_of_ones_own():
     model, rng = toy_model(), np.random.default_rng(0)
     prompt, tokens = (jnp.asarray(rng.integers(0, 7, shape), jnp.int32) for shape in ((2, 3), (2, 9)))
@@ -236,7 +238,8 @@ def test_each_continuation_scores_as_a_forward_pass_of_its_own_prompt(found):
     assert [each.loglikelihood for each in found.best] == np.nanmax(found.loglikelihoods, axis=1).tolist()
 
 
-@pytest.mark.parametrize("batch", [2, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("batch", [2, 1])
 def test_batches_and_chunks_change_nothing_and_each_prompt_is_prefilled_once(batch, found, monkeypatch):
     prefilled, inner = [], host._begin
 

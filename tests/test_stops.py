@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from models import ONE_LAYER, ONE_LAYER_WINDOWED, WINDOW, prompt_ids, tiny
 import kvjax
 from kvjax import CacheError, InputError, caches, sampling, stopping
 from kvjax.loops.watch import Strings, Watch
+from kvjax.ops.positions import Learned
 from kvjax.text import Tokenizer
 from kvjax.timing import Compilations
 
@@ -207,6 +209,24 @@ def test_a_row_that_ends_at_a_string_has_the_tokens_that_its_filters_chose_for_i
     assert out.stop[0] == "stop" and n < STEPS and out.tokens[0, n - 1] != 0
     np.testing.assert_array_equal(out.tokens[0, :n], unstopped()[0, :n])
     assert out.tokens[1, -1] == 0, "the last that a budget allows"
+
+
+def test_targets_end_at_strings_and_sequences_too():
+    encoder = dataclasses.replace(ONE_LAYER, positions=Learned(24), max_positions=24, tied=True)
+    config = dataclasses.replace(ONE_LAYER, positions=Learned(64), max_positions=64, encoder=encoder)
+    lm = kvjax.LM(tiny(config), tokenizer(), start_ids=(3,))
+    free = generate(model=lm)
+    assert free.cache.shared["source"].lengths.tolist() == [16, 7, 1]
+    sequence = tuple(free.tokens[1, 14:18].tolist())
+    out = generate(model=lm, stop=[free.text[0][15:18], sequence])
+    for row in range(3):
+        n, text = int(out.lengths[row]), free.text[row]
+        at = text.find(free.text[0][15:18])
+        assert out.text[row] == (text[:at] if 0 <= at < n else text[: len(out.text[row])])
+        np.testing.assert_array_equal(out.tokens[row, :n], free.tokens[row, :n])
+    assert out.stop[:2] == ["stop"] * 2 and (int(out.lengths[0]), int(out.lengths[1])) <= (18, 18)
+    stream = kvjax.stream(lm, PROMPTS, sampler=WARM, seed=[1, 2, 3], max_new_tokens=STEPS, stop=[free.text[0][15:18]])
+    assert "".join(piece.text for piece in stream if piece.row == 0) == out.text[0]
 
 
 def test_a_string_may_begin_in_one_call_and_end_in_the_next():

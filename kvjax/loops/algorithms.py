@@ -59,14 +59,11 @@ class UnderWay(Protocol):
     def texts(self) -> list[list[int]]:
         """Ids of each row so far, prompts included."""
 
-    def noted(self) -> Noted | None:
-        """Log-probabilities of the tokens of `texts()`, at their positions; None where nobody asked."""
-
     def ranked(self) -> list[list[tuple[list[int], float]]] | None:
         """Of each row several texts with scores, best first; None where nothing is ranked."""
 
-    def end(self, model: Model) -> tuple[Any, Array]:
-        """The cache of `texts()`, and the logits after them."""
+    def end(self, model: Model) -> tuple[Any, Array, Noted | None]:
+        """The cache of `texts()`, the logits after them, and log-probabilities of their tokens where somebody asked."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,16 +169,12 @@ class Drawing:
         """See `UnderWay`."""
         return fed(self.progress.cache)
 
-    def noted(self) -> Noted | None:
-        """See `UnderWay`."""
-        return self.progress.noted
-
     def ranked(self) -> None:
         """See `UnderWay`."""
 
-    def end(self, model: Model) -> tuple[Any, Array]:
+    def end(self, model: Model) -> tuple[Any, Array, Noted | None]:
         """See `UnderWay`."""
-        return self.progress.cache, self.progress.logits
+        return self.progress.cache, self.progress.logits, self.progress.noted
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

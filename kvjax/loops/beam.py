@@ -18,7 +18,9 @@ from kvjax.caches.flags import meaning
 from kvjax.errors import CacheError, InputError
 from kvjax.loops import decode as loop
 from kvjax.loops.algorithms import Wanted, resized
+from kvjax.loops.noted import Noted
 from kvjax.loops.prompts import fed, padded
+from kvjax.loops.scoring import CHUNK, scored
 from kvjax.loops.search import DONATING, Beams, begin, numbers, rule_of, whole_width
 from kvjax.model import Model
 from kvjax.sampling.drawing import own
@@ -40,7 +42,7 @@ class Beam:
         done = np.asarray(progress.stopped) | (np.asarray(progress.cache.lengths) >= wanted.limits)
         given = progress.starts, wanted.scored, wanted.limits, done
         beams, prompts = _begin(progress.cache, progress.logits, *given, width=self.width, room=ROOM)
-        return Searching(prompts, progress.logits, beams, self, wanted)
+        return Searching(prompts, progress.logits, beams, self, wanted, progress.noted)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "room"), donate_argnums=0)
@@ -98,6 +100,7 @@ class Searching:
         beams: where the search stands.
         beam: its numbers.
         wanted: see `Algorithm.begin`.
+        noted: where log-probabilities go, if somebody asked.
     """
 
     prompts: Cache
@@ -105,6 +108,7 @@ class Searching:
     beams: Beams
     beam: Beam
     wanted: Wanted
+    noted: Noted | None
 
     grows = False
 
@@ -142,18 +146,16 @@ class Searching:
         running = fed(self.beams.cache)[:: self.beam.width]
         return [going if done is None else done for done, going in zip(best, running, strict=True)]
 
-    def end(self, model: Model) -> tuple[Cache, Array]:
+    def end(self, model: Model) -> tuple[Cache, Array, Noted | None]:
         """See `UnderWay`. The best are fed to what the prompts left: no cache was kept of each finished text."""
         begins, texts = fed(self.prompts), self.texts()
         tokens, valid = padded([text[len(begin) :] for text, begin in zip(texts, begins, strict=True)])
         cache = self.prompts if self.prompts.layers else before(self.beams.cache, self.prompts)
         capacity = cache.enough([len(text) for text in texts])
         cache = cache if cache.capacity == capacity else resized(cache, capacity=capacity)
-        logits, cache = _fed(model, cache, self.logits, tokens, valid)
-        return cache.check(), logits
-
-    def noted(self) -> None:
-        """See `UnderWay`."""
+        noted = None if self.noted is None else self.noted.resize(capacity)
+        logits, cache, noted = _fed(model, cache, self.logits, tokens, valid, noted)
+        return cache.check(), logits, noted
 
     def ranked(self) -> list[list[tuple[list[int], float]]]:
         """See `UnderWay`."""
@@ -164,9 +166,15 @@ class Searching:
 
 
 @jax.jit
-def _fed(model: Model, cache: Cache, logits: Array, tokens: Array, valid: Array) -> tuple[Array, Cache]:
-    new, cache = loop.prefill(model, cache, tokens, valid)
-    return jnp.where((valid > 0)[:, None], new, logits), cache
+def _fed(
+    model: Model, cache: Cache, logits: Array, tokens: Array, valid: Array, noted: Noted | None
+) -> tuple[Array, Cache, Noted | None]:
+    if noted is None:
+        new, cache = loop.prefill(model, cache, tokens, valid)
+        return jnp.where((valid > 0)[:, None], new, logits), cache, None
+    start, best = cache.lengths, noted.ids.shape[2]
+    found, logits, cache = scored(model, cache, logits, tokens, valid, valid, best=best, chunk=CHUNK)
+    return logits, cache, noted.given((found.logprobs, found.ids, found.values), start, valid)
 
 
 __all__ = ["Beam", "beam", "Searching"]

@@ -57,7 +57,8 @@ def generate(
             lie in what is new. Strings keep a second cache while a chunk runs: a row is run again up to where one ends.
         samples: rows of each prompt, next to each other in the result. A prompt is prefilled once; sample i of a
             prompt with seed s is what seed s + i gives by itself. `seed` may also be one a sample.
-        logprobs: log-probabilities of so many of the most probable tokens, and of those chosen; None is none.
+        logprobs: log-probabilities of so many of the most probable tokens, and of those chosen; None is none. Of an
+            algorithm that ranks texts, those of the best.
         prefix: a cache of one row whose text every prompt begins with. Only what follows is fed, and the prefix is
             kept once for all rows; it stays usable. The result is the same without it.
         algorithm: how tokens are chosen, such as `kvjax.beam(4)`; None draws them with `sampler`.

@@ -45,6 +45,14 @@ class Noted(struct.Value):
             values=self.values.at[rows, places, :n].set(values, mode="drop"),
         )
 
+    def given(self, found: tuple[Array, Array, Array], start: Array, valid: Array) -> Noted:
+        """With what was found of `valid[B]` tokens from `start[B]` on: chosen `[B, S]`, ids and values `[B, S, n]`."""
+        places = start[:, None] + jnp.arange(found[0].shape[1], dtype=jnp.int32)[None, :]
+        places = jnp.where(places < (start + valid)[:, None], places, self.chosen.shape[1])
+        rows = jnp.arange(places.shape[0])[:, None]
+        pairs = zip((self.chosen, self.ids, self.values), found, strict=True)
+        return Noted(*(x.at[rows, places].set(new, mode="drop") for x, new in pairs))
+
     def resize(self, capacity: int) -> Noted:
         """The same for `capacity` tokens a row."""
         more = max(capacity - self.chosen.shape[1], 0)

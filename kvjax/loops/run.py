@@ -21,6 +21,7 @@ from kvjax.loops import decode as loop
 from kvjax.loops.algorithms import Algorithm, Candidate, Draw, UnderWay, Wanted
 from kvjax.loops.beginning import prefilled, resumed
 from kvjax.loops.generated import Generated, Logprobs, Timings
+from kvjax.loops.noted import Noted
 from kvjax.loops.prompts import (
     BUDGET,
     encode,
@@ -257,7 +258,7 @@ class Run:
         tokens = np.full((len(new), int(np.max(lengths, initial=0))), -1, np.int32)
         for row, ids in enumerate(new):
             tokens[row, : len(ids)] = ids
-        cache, logits = self.state.end(model_of(self.lm))
+        cache, logits, noted = self.state.end(model_of(self.lm))
         answers = [self._answer(row, ids) for row, ids in enumerate(new)]
         texts = [answer.text for answer in answers if answer.text is not None]
         return Generated(
@@ -275,7 +276,7 @@ class Run:
             starts=given.starts,
             stop_at=given.stop_at,
             samples=given.samples,
-            logprobs=self._logprobs(tokens, lengths),
+            logprobs=None if noted is None else self._logprobs(noted, tokens.shape[1], lengths),
             candidates=self.candidates(),
         )
 
@@ -301,13 +302,10 @@ class Run:
         how = _ended(made, given.stop_ids, given.stops) if new else given.ended[row]
         return Candidate(text, new, score, how or "length")
 
-    def _logprobs(self, tokens: np.ndarray, lengths: np.ndarray) -> Logprobs | None:
-        noted = self.state.noted()
-        if noted is None:
-            return None
-        at = np.asarray([len(row) for row in self.prompts])[:, None] + np.arange(tokens.shape[1])
-        gone = np.arange(tokens.shape[1]) >= lengths[:, None]
-        rows = np.arange(len(tokens))[:, None]
+    def _logprobs(self, noted: Noted, width: int, lengths: np.ndarray) -> Logprobs:
+        at = np.asarray([len(row) for row in self.prompts])[:, None] + np.arange(width)
+        gone = np.arange(width) >= lengths[:, None]
+        rows = np.arange(len(lengths))[:, None]
         chosen, ids, values = (np.asarray(x)[rows, np.where(gone, 0, at)] for x in jax.tree.leaves(noted))
         chosen[gone], ids[gone], values[gone] = np.nan, -1, np.nan
         return Logprobs(chosen, ids, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ from kvjax.loops.beam import beam as public_beam
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.model import Model
 from kvjax.sampling import Text
-from kvjax.sampling.drawing import filtered
+from kvjax.sampling.drawing import filtered, own
 from kvjax.stopping import stops_of
 from kvjax.types import Array
 
@@ -77,7 +78,7 @@ class Drawn:
     def run(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
         """See `Algorithm`."""
         if self.copies > 1:
-            cache, logits = cache.fork(self.copies), jnp.repeat(logits, self.copies, axis=0)
+            cache, logits = _forked(cache, logits, copies=self.copies)
         return self.loop(model, cache, logits, seeds)
 
     def loop(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
@@ -138,6 +139,7 @@ class Ranked:
     name: str
     steps: int
     algorithm: Any
+    filters: tuple[Any, ...] = ()
     stop_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     copies: int = 1
@@ -145,9 +147,7 @@ class Ranked:
     def run(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
         """See `Algorithm`."""
         starts = np.asarray(cache.lengths)
-        # Loops of `generate` use up what they are given.
-        cache, logits = jax.tree.map(jnp.copy, (cache, logits))
-        wanted = Wanted(starts + np.int32(self.steps), starts, _stops(self))
+        wanted = Wanted(starts + np.int32(self.steps), starts, _stops(self), self.filters)
         state = self.algorithm.begin(loop.Progress.begin(cache, logits, starts=starts), wanted)
         while (look := state.look())[1].any():
             state = state.grow() if (look[1] & look[2]).any() else state
@@ -159,7 +159,8 @@ class Ranked:
     def scores(self, logits: Array, text: Text, seeds: np.ndarray) -> Array:
         """See `Algorithm`: what each next token adds to the sum of a text."""
         each = jax.nn.log_softmax(logits.astype(jnp.promote_types(jnp.float32, logits.dtype)), axis=-1)
-        return filtered(tuple(getattr(self.algorithm, "filters", ())), each, text.replace(stops=_stops(self).ids))
+        filters = (*self.filters, *getattr(self.algorithm, "filters", ()))
+        return filtered(filters, each, text.replace(stops=_stops(self).ids))
 
     def gap(self, scored: Scored, want: list[int], got: list[int]) -> tuple[float, float]:
         """See `Algorithm`: the scores of two whole texts."""
@@ -170,6 +171,11 @@ class Ranked:
         found = [scored(text[:at]) for at in range(len(text))]
         total = sum(float(scores[token]) for (scores, _), token in zip(found, text, strict=True))
         return total / len(text) ** self.algorithm.length_penalty, max(top for _, top in found)
+
+
+@functools.partial(jax.jit, static_argnames="copies")
+def _forked(cache: Any, logits: Array, *, copies: int) -> tuple[Any, Array]:
+    return cache.fork(copies), jnp.repeat(logits, copies, axis=0)
 
 
 def _stops(algorithm: Until | Ranked) -> Any:
@@ -234,6 +240,7 @@ def beam(
     width: int,
     steps: int = 64,
     *,
+    filters: Sequence[Any] = (),
     stop_ids: Sequence[int] = (),
     stop_sequences: Sequence[Sequence[int]] = (),
     name: str | None = None,
@@ -246,12 +253,15 @@ def beam(
     Args:
         width: W, beams of each prompt.
         steps: new tokens a text, at most.
+        filters: that belong to the model, as `LM.filters`.
         stop_ids, stop_sequences: that end a text.
         name: for people; None says what it does.
         options: of `kvjax.beam`.
     """
     sequences = tuple(tuple(each) for each in stop_sequences)
-    return Ranked(name or f"{width} beams", steps, public_beam(width, **options), tuple(stop_ids), sequences)
+    chosen = tuple(own(each) for each in filters)
+    found = public_beam(width, **options)
+    return Ranked(name or f"{width} beams", steps, found, chosen, tuple(stop_ids), sequences)
 
 
 def as_algorithm(each: Any) -> Any:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import caches
+from kvjax.caches.base import Cache
 from kvjax.caches.cross import Source
 from kvjax.caching import init_cache
 from kvjax.errors import InputError
@@ -267,7 +268,7 @@ class _Run:
 
     def prefilled(self, plan: Any, cross: Any, cut: Sequence[int]) -> tuple[Array, Any]:
         batch = len(self.ids)
-        cache = init_cache(self.model, plan, batch=batch, capacity=self.capacity, source=self.source, cross=cross)
+        cache = _empty(self.model, self.source, plan=plan, cross=cross, batch=batch, capacity=self.capacity)
         return fed_in_chunks(self.model, cache, self.ids, self.lengths, cut)
 
     def made(self, plan: Any, cross: Any, cut: Sequence[int]) -> Made:
@@ -321,7 +322,7 @@ class _Run:
         text = [*self.ids[row // copies, :begun].tolist(), *new]
         rows = np.tile(np.pad(np.asarray(text, np.int32), (0, size - len(text))), (len(self.ids), 1))
         cross = self.recomputed
-        cache = init_cache(self.model, plan, batch=len(rows), capacity=size, source=self.source, cross=cross)
+        cache = _empty(self.model, self.source, plan=plan, cross=cross, batch=len(rows), capacity=size)
         logits, _ = prefill(self.model, cache, rows, np.full(len(rows), len(text), np.int32))
         many = len(rows) * copies
         lengths, starts, limits = (
@@ -331,6 +332,12 @@ class _Run:
         state = Text(tokens, lengths, starts, limits, jnp.zeros(0, jnp.int32), copies=copies)
         found = self.algorithm.scores(jnp.repeat(logits, copies, axis=0), state, self.seeds)
         return np.asarray(found)[row], float(jnp.max(jnp.abs(logits[row // copies])))
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "cross", "batch", "capacity"))
+def _empty(model: Model, source: Source | None, *, plan: Any, cross: Any, batch: int, capacity: int) -> Cache:
+    # One program: made outside of one, each kind of buffer would be another.
+    return init_cache(model, plan, batch=batch, capacity=capacity, source=source, cross=cross)
 
 
 def _batch(prompts: Sequence[Sequence[int]] | None, seed: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
@@ -351,6 +358,7 @@ def _named(plans: Any) -> list[tuple[str, Any, Any]]:
     found = []
     for name, plan in items:
         pair = plan if isinstance(plan, Against) else Against(plan, caches.recompute())
+        pair = Against(*(tuple(each) if isinstance(each, list) else each for each in (pair.plan, pair.reference)))
         found.append((name or plan_name(pair.plan), pair.plan, pair.reference))
     return found
 
