@@ -241,6 +241,18 @@ def test_a_string_may_begin_in_one_call_and_end_in_the_next():
     assert third.lengths[0] == 0 and third.stop[0] == "stop" and third.text[0] == ""
 
 
+def test_a_string_that_lies_in_an_earlier_call_ends_a_later_one_no_more_than_a_sequence_does():
+    lm, whole = texts()
+    first = generate(model=lm, max_new_tokens=12)
+    for stop in ([whole[0][3:6], whole[1][2:7]], [unstopped()[0, 3:6].tolist()]):
+        more = kvjax.generate(lm, after=first, max_new_tokens=STEPS - 12, stop=stop)
+        assert more.text == [text[12:] for text in whole] and more.stop == ["length"] * 3
+    ended = kvjax.generate(lm, after=first, max_new_tokens=3, stop=whole[0][10:12])
+    assert ended.lengths[0] == 0 and ended.stop[0] == "stop", "what ends with one has ended"
+    strings = Strings(["ab", "abc", "bd", "x" * 9])
+    assert [strings.first(text, 2) for text in ("ab", "abc", "abd", "abe", "abab")] == [None, 0, 1, None, 2]
+
+
 def test_where_a_string_is_found_does_not_depend_on_how_tokens_arrive():
     rng, text = np.random.default_rng(3), tokenizer()
     for trial in range(60):
