@@ -201,6 +201,16 @@ def test_a_ring_that_cannot_be_rewound_ends_at_a_string_too():
         out.cache.rewind(out.cache.lengths - 1)
 
 
+def test_a_row_that_ends_at_a_string_has_the_tokens_that_its_filters_chose_for_its_budget():
+    lm, whole = texts()
+    last = sampling.chain(*WARM.filters, sampling.forced_last([0]))
+    out = generate(model=lm, stop=[whole[0][5:8]], sampler=last)
+    n = int(out.lengths[0])
+    assert out.stop[0] == "stop" and n < STEPS and out.tokens[0, n - 1] != 0
+    np.testing.assert_array_equal(out.tokens[0, :n], unstopped()[0, :n])
+    assert out.tokens[1, -1] == 0, "the last that a budget allows"
+
+
 def test_targets_end_at_strings_and_sequences_too():
     encoder = dataclasses.replace(ONE_LAYER, positions=Learned(24), max_positions=24, tied=True)
     config = dataclasses.replace(ONE_LAYER, positions=Learned(64), max_positions=64, encoder=encoder)
@@ -219,16 +229,6 @@ def test_targets_end_at_strings_and_sequences_too():
     assert "".join(piece.text for piece in stream if piece.row == 0) == out.text[0]
 
 
-def test_a_row_that_ends_at_a_string_has_the_tokens_that_its_filters_chose_for_its_budget():
-    lm, whole = texts()
-    last = sampling.chain(*WARM.filters, sampling.forced_last([0]))
-    out = generate(model=lm, stop=[whole[0][5:8]], sampler=last)
-    n = int(out.lengths[0])
-    assert out.stop[0] == "stop" and n < STEPS and out.tokens[0, n - 1] != 0
-    np.testing.assert_array_equal(out.tokens[0, :n], unstopped()[0, :n])
-    assert out.tokens[1, -1] == 0, "the last that a budget allows"
-
-
 def test_a_string_may_begin_in_one_call_and_end_in_the_next():
     lm, whole = texts()
     wanted = [whole[0][11:16]]
@@ -239,6 +239,18 @@ def test_a_string_may_begin_in_one_call_and_end_in_the_next():
     assert int(first.lengths[0] + second.lengths[0]) == int(generate(model=lm, stop=wanted).lengths[0])
     third = kvjax.generate(lm, after=second, max_new_tokens=5)
     assert third.lengths[0] == 0 and third.stop[0] == "stop" and third.text[0] == ""
+
+
+def test_a_string_that_lies_in_an_earlier_call_ends_a_later_one_no_more_than_a_sequence_does():
+    lm, whole = texts()
+    first = generate(model=lm, max_new_tokens=12)
+    for stop in ([whole[0][3:6], whole[1][2:7]], [unstopped()[0, 3:6].tolist()]):
+        more = kvjax.generate(lm, after=first, max_new_tokens=STEPS - 12, stop=stop)
+        assert more.text == [text[12:] for text in whole] and more.stop == ["length"] * 3
+    ended = kvjax.generate(lm, after=first, max_new_tokens=3, stop=whole[0][10:12])
+    assert ended.lengths[0] == 0 and ended.stop[0] == "stop", "what ends with one has ended"
+    strings = Strings(["ab", "abc", "bd", "x" * 9])
+    assert [strings.first(text, 2) for text in ("ab", "abc", "abd", "abe", "abab")] == [None, 0, 1, None, 2]
 
 
 def test_where_a_string_is_found_does_not_depend_on_how_tokens_arrive():

@@ -65,6 +65,22 @@ def test_a_character_is_given_when_it_is_whole():
     assert pieces[0] == "&" * 15 and BROKEN not in "".join(pieces) and "".join(pieces) == "&" * 15 + "é'"
 
 
+def test_a_stop_string_may_end_in_a_character_of_which_an_earlier_call_made_half():
+    script = {"sampler": scripted(np.array([5, 94, 95, 6] * 8, np.int32)), "stop": "&é", "seed": 0}
+    whole = kvjax.generate(lm(), [[1]], max_new_tokens=8, **script)
+    first = kvjax.generate(lm(), [[1]], max_new_tokens=2, **script)
+    more = kvjax.generate(lm(), after=first, max_new_tokens=6)
+    assert (whole.lengths[0], whole.stop, first.text, more.lengths[0], more.stop) == (
+        3,
+        ["stop"],
+        ["&" + BROKEN],
+        1,
+        ["stop"],
+    )
+    without = kvjax.generate(lm(), after=first, max_new_tokens=2, stop="zz")
+    assert without.text == ["é'"]
+
+
 def scripted(ids):
     """A sampler that follows a script."""
     return jax.tree_util.Partial(follow, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -359,8 +360,12 @@ def _seeds(seed: Any, after: Generated | None, rows: int, samples: int) -> np.nd
 
 def _watches(lm: LM | Model, ids: list[list[int]], starts: np.ndarray, strings: Strings) -> tuple[Watch, ...]:
     tokenizer = lm.text_tokenizer()  # type: ignore[union-attr]
-    earlier = [tokenizer.continuation(row[:start], row[start:]) for row, start in zip(ids, starts, strict=True)]
-    return tuple(Watch(tokenizer, row, strings, text) for row, text in zip(ids, earlier, strict=True))
+
+    def watch(row: list[int], start: int) -> Watch:
+        made = [tokenizer.continuation(row[:start], row[start:end]) for end in (len(row), max(len(row) - 1, start))]
+        return Watch(tokenizer, row, strings, made[0], len(os.path.commonprefix(made)))
+
+    return tuple(watch(row, int(start)) for row, start in zip(ids, starts, strict=True))
 
 
 def _ended(made: list[int], stop_ids: tuple[int, ...], stops: Stops) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from kvjax.text import Tokenizer
+from kvjax.text import BROKEN, Tokenizer
 
 
 class Strings:
@@ -17,7 +17,8 @@ class Strings:
 
     def __init__(self, strings: Sequence[str] = ()):
         self.longest = max(map(len, strings), default=0)
-        self._found = re.compile("|".join(map(re.escape, strings))) if strings else None
+        longest_first = sorted(strings, key=len, reverse=True)
+        self._found = re.compile("|".join(map(re.escape, longest_first))) if strings else None
         self._begins = {text[:n] for text in strings for n in range(1, len(text))}
 
     def __bool__(self) -> bool:
@@ -25,8 +26,12 @@ class Strings:
 
     def first(self, text: str, new: int) -> int | None:
         """Where the first that reaches beyond `text[:new]` begins; None where there is none."""
-        match = None if self._found is None else self._found.search(text, max(new - self.longest + 1, 0))
-        return None if match is None else match.start()
+        at = max(new - self.longest + 1, 0)
+        while self._found is not None and (match := self._found.search(text, at)) is not None:
+            if match.end() > new:
+                return match.start()
+            at = match.start() + 1
+        return None
 
     def open(self, text: str) -> int:
         """How many characters at the end of `text` may be the beginning of one."""
@@ -45,15 +50,18 @@ class Watch:
         prompt: ids before what is new.
         strings: that end the row.
         earlier: text that an earlier call made, in which a stop string may have begun.
+        known: how much of it there was before its last token; a stop string that reaches further has ended the row.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], strings: Strings, earlier: str = ""):
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], strings: Strings, earlier: str = "", known: int = 0
+    ):
         self._tokenizer, self._prompt, self._strings = tokenizer, prompt, strings
         self._stream = tokenizer.stream(prompt)
         self._new: list[int] = []
-        self._seen = earlier
-        self._begin = self._out = len(earlier)
-        self.ended = strings.first(earlier, 0) is not None
+        self._seen = earlier.rstrip(BROKEN)  # half a character at its end may become a whole one
+        self._begin = self._out = len(self._seen)
+        self.ended = strings.first(earlier, known) is not None
         """Whether a stop string was found."""
 
     def push(self, ids: Sequence[int]) -> int | None:

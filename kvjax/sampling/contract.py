@@ -161,8 +161,8 @@ def bias(name: str, value: Any) -> float:
     Raises:
         InputError: it is neither finite nor -inf.
     """
-    number, most = isinstance(value, int | float | np.number) and not isinstance(value, bool), np.finfo(np.float32).max
-    if not number or not (value == -np.inf or abs(value) <= most):
+    most, number = float(np.finfo(np.float32).max), isinstance(value, int | float | np.number)
+    if not number or isinstance(value, bool) or not (value == -np.inf or abs(value) <= most):
         raise InputError(f"{name} must be a finite number of float32, or -inf for never; not {value!r}")
     return float(value)
 
