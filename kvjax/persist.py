@@ -76,7 +76,7 @@ def save_cache(path: str | os.PathLike[str], cache: Cache, model: Model) -> None
         what = "is a folder" if Path(path).is_dir() else "lies in a folder that does not exist"
         raise CacheError(f"save_cache: {path} {what}")
     tensors = _named(_apart(jax.tree.map(np.asarray, cache)))
-    kinds = tuple(node.word(kind, cache.shared) for kind, node in zip(cache.plan, cache.layers, strict=True))
+    kinds = cache.words
     source = _about_source(cache)
     cross = None if source is None else cache.shared[SOURCE].kind
     expected = _named(_abstract(model, kinds, cache.batch, cache.capacity, source, cross))

@@ -163,6 +163,8 @@ def _compiled(text: str) -> Any:
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(f"line {error.lineno} of the chat template: {_one_line(error)}") from error
+    except Exception as error:  # what it was made into is no Python: a `break` outside of loops, a thousand brackets
+        raise CheckpointError(f"the chat template: {type(error).__name__}: {_one_line(error)}") from error
 
 
 def _library() -> Any:

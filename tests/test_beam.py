@@ -372,6 +372,43 @@ def test_a_pool_that_is_exhausted_raises():
         search(plan=caches.paged(16, pages=6), max_new_tokens=30)
 
 
+def begun(n=12, width=2):
+    """Beams after a prompt of five tokens, which a longer text was rewound to."""
+    _, cache = kvjax.prefill(MODEL, kvjax.init_cache(MODEL, caches.dense(), capacity=7), prompt_ids(4)[:1, :7])
+    cache = cache.rewind(4)
+    logits, cache = kvjax.step(MODEL, cache, prompt_ids(4)[:1, 4])
+    return kvjax.Beams.begin(cache, logits, width=width, max_new_tokens=n, room=8)
+
+
+def test_a_finished_text_has_nothing_past_its_end_and_is_not_cut():
+    beams = kvjax.beam_search(MODEL, begun(1))
+    texts = np.asarray(beams.texts)[0]
+    assert beams.lengths.tolist() == [[6, 6]] and (texts[:, :6] >= 0).all() and (texts[:, 6:] == -1).all()
+    done = kvjax.beam_search(MODEL, begun(4))  # the last token of a text is not fed
+    assert done.resize(10).lengths.max() == 9
+    longer = done.replace(lengths=done.lengths + 2)
+    with pytest.raises(CacheError, match="capacity 10 is less than the length 11 of a finished text"):
+        longer.resize(10)
+
+
+def test_a_penalty_beyond_what_floats_can_hold_is_refused():
+    for penalty in (40.0, -40.0):
+        with pytest.raises(InputError, match=f"length_penalty {penalty} is too much for texts of up to 20 tokens"):
+            search(penalty=penalty)
+    for penalty in (float("inf"), float("nan"), np.ones(2)):
+        with pytest.raises(InputError, match="length_penalty must be a finite number"):
+            kvjax.beam_search(MODEL, begun(), length_penalty=penalty)
+    every = kvjax.beam_search(MODEL, begun(2, 3), length_penalty=200.0, filters=(sampling.allowed([5]),))
+    assert np.isneginf(every.scores[0, 1:]).all(), "no text beside the only one"
+
+
+def test_a_single_beam_is_never_moved(monkeypatch):
+    beams = begun(width=1)
+    monkeypatch.setattr(Cache, "reorder", None)
+    how = search_of.numbers(1.0, False)
+    jax.eval_shape(lambda b: search_of._step(MODEL, b, *how, stops_of("test", (), ()), ()), beams)
+
+
 def test_what_goes_wrong_on_the_device_raises():
     broken = MODEL.replace(params=jax.tree.map(lambda x: x * jnp.nan, MODEL.params))
     with pytest.raises(CacheError, match="NaN"):
@@ -387,6 +424,7 @@ def test_mistakes_are_errors_before_anything_runs():
         ({"width": 2, "early_stopping": "always"}, "True, False or \"never\", not 'always'"),
         ({"width": 2, "early_stopping": 1}, "early_stopping"),
         ({"width": 2, "filters": [kvjax.sampling.greedy()]}, "is no filter"),
+        ({"width": 2, "filters": kvjax.sampling.top_k(3)}, "filters must be a list or tuple"),
     ):
         with pytest.raises(InputError, match=message):
             kvjax.beam(**wrong)

@@ -80,10 +80,10 @@ def test_rows_decode_as_with_a_copy_of_the_prompt_each(name):
 
 
 def test_a_row_that_reads_its_neighbours_prompt_is_seen():
-    cache = branched(PLANS[FIRST])
+    cache = branched(PLANS["dense"])  # pages would find that they were not reserved
     entry = cache.shared["prefix"]
     wrong = cache.replace(shared={"prefix": entry.replace(lengths=entry.lengths[::-1])})
-    want = fed(forked(PLANS[FIRST]))[0]
+    want = fed(forked(PLANS["dense"]))[0]
     assert np.abs(fed(wrong)[0] - want).max() > 1e-3 * np.abs(want).max()
 
 
@@ -114,6 +114,26 @@ def test_what_a_row_can_hold_depends_on_its_prompt_and_nothing_is_lost():
     np.testing.assert_array_equal(over.resize(cache.doubled).room, np.repeat(PROMPTS, N) + 16)
     with pytest.raises(CacheError, match="row 0 has length 16, 9 more do not fit: room for 24"):
         kvjax.prefill(tiny(MIXED), cache, NEW[:, :9])
+
+
+def test_room_is_never_less_than_none_after_what_rows_share():
+    _, one = prompts(caches.dense())
+    cache = kvjax.branched(one.take([2]), N, room=8)  # a prompt of one token in 32 slots
+    with pytest.raises(CacheError, match="resize: capacity 20 leaves no room after a prefix of 32 slots"):
+        cache.resize(20)
+    least = cache.resize(cache.needed(2))
+    assert least.capacity == 33 and least.doubled == 34 and least.enough(9) == 40
+    np.testing.assert_array_equal(least.resize(40).room, [9, 9])
+
+
+def test_rows_that_were_taken_join_whatever_they_shared_before(tmp_path):
+    _, one = prompts(caches.dense())
+    ours, theirs = (kvjax.branched(one, n, room=8).take([n, 0]) for n in (2, 3))
+    kvjax.save_cache(tmp_path / "rows.safetensors", theirs, tiny(MIXED))
+    want = kvjax.step(tiny(MIXED), ours, MORE[0, :2])[0]
+    for other in (theirs, kvjax.load_cache(tmp_path / "rows.safetensors", tiny(MIXED))):
+        got = kvjax.step(tiny(MIXED), ours.join(other).take([2, 3]), MORE[0, :2])[0]
+        close(got, want)
 
 
 def test_rows_stay_above_their_own_prompt():

@@ -198,6 +198,7 @@ def test_a_template_that_asks_for_the_date_gets_that_of_the_beginning():
         ({"lm": MODELS["t5"]}, "encoder"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"keep": 0}, "keep"),
+        ({"template": "{{ messages }}"}, "template must be a Template"),
         ({"sampler": sampling.temperature(1.0)}, "filter"),
     ],
 )
@@ -208,7 +209,7 @@ def test_what_cannot_chat_is_said_at_the_beginning(more, says):
 
 def test_what_cannot_be_done_is_an_error_and_changes_nothing():
     talk = begin(None)
-    for wrong in (talk.retry, talk.undo, lambda: talk.edit(0, "Hello"), lambda: talk.say("no")):
+    for wrong in (talk.retry, talk.undo, lambda: talk.edit(0, "Hello"), lambda: talk.say("no"), lambda: talk.turn("0")):
         with pytest.raises(InputError):
             wrong()
     with pytest.raises(CheckpointError, match="line 1"):

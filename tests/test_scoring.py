@@ -337,6 +337,11 @@ def test_what_cannot_be_scored_is_an_error_that_names_it():
         score([[1] * 18], [[1, 2, 3, 4]])
     with pytest.raises(InputError, match="continuations has 1 entries, there are 2 prompts"):
         score([[1], [2]], [[3]])
+    for wrong in ("ab", None, 3):
+        with pytest.raises(InputError, match="continuations must be a list with an entry for each prompt, not "):
+            score([[1], [2]], wrong)
+    with pytest.raises(InputError, match="continuations of prompt 1 must be text, ids, or a list of these, not 3"):
+        score([[1], [2]], [[3], 3])
     with pytest.raises(InputError, match="is text, but a bare Model has no tokenizer"):
         score([[1]], ["a"])
     with pytest.raises(InputError, match="must be text or a list of ids"):

@@ -91,6 +91,12 @@ def test_what_is_no_jinja_names_the_file_and_the_line(tmp_path, text):
     assert "chat_template.jinja" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["{% break %}", "{{ " + "[" * 2000 + "]" * 2000 + " }}"], ids=("break", "brackets"))
+def test_what_cannot_be_made_into_a_program_names_the_file(tmp_path, text):
+    with pytest.raises(CheckpointError, match="chat_template.jinja: the chat template: (SyntaxError|RecursionError)"):
+        written(tmp_path, {}, text).render(HELLO)
+
+
 ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ messages.append.__self__.__class__ }}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from kvjax.caches.contract import (
     filled_positions,
     views_of,
 )
-from kvjax.caches.flags import CAPACITY, PAGES, REWIND, ROWS, meaning
+from kvjax.caches.flags import CAPACITY, PAGES, REWIND, ROWS, ask, meaning
 from kvjax.caches.opened import SOURCE, OpenCache
 from kvjax.checks import is_concrete, whole
 from kvjax.errors import CacheError
@@ -69,10 +68,14 @@ class Cache(struct.Value):
 
     def enough(self, lengths: Any) -> int:
         """The capacity, doubled until rows of `lengths[B]` tokens fit; on the host."""
-        capacity, slots = self.capacity, np.asarray(lengths) + self.capacity - np.asarray(self.room)
-        while (slots > capacity).any():
+        capacity, needed = self.capacity, self.needed(lengths)
+        while needed > capacity:
             capacity = 2 * capacity - self.fixed
         return capacity
+
+    def needed(self, lengths: Any) -> int:
+        """The least capacity where rows of `lengths[B]` tokens fit; on the host."""
+        return max(int(np.max(np.asarray(lengths) + self.capacity - np.asarray(self.room))), self.fixed + 1)
 
     @property
     def room(self) -> Array:
@@ -103,6 +106,11 @@ class Cache(struct.Value):
         """How many tokens behind `written` every layer can be rewound exactly; None is any number."""
         limits = [node.max_rewind for node in self.layers if node.max_rewind is not None]
         return min(limits, default=None)
+
+    @property
+    def words(self) -> tuple[Kind, ...]:
+        """The plan that makes an empty cache like it; `plan` made it, before rows were moved."""
+        return tuple(node.word(kind, self.shared) for kind, node in zip(self.plan, self.layers, strict=False))
 
     @property
     def replays(self) -> bool:
@@ -151,8 +159,10 @@ class Cache(struct.Value):
         """The same with room for `capacity` tokens a row; clears the flag of a full cache.
 
         Raises:
-            CacheError: a row is longer than `capacity`.
+            CacheError: a row is longer than `capacity`, or this leaves no room after the slots of a prefix.
         """
+        if 0 < self.fixed >= capacity:
+            raise CacheError(f"resize: capacity {capacity} leaves no room after a prefix of {self.fixed} slots")
         tokens = storage.resize(self.tokens, capacity, rest=0)
         if capacity > self.capacity:
             fresh = jnp.arange(capacity, dtype=jnp.int32)[None, :] >= self.capacity
@@ -274,7 +284,8 @@ class Cache(struct.Value):
         pairs = {name: entry.alike(other.shared.get(name)) for name, entry in self.shared.items()}
         entries = {name: pair[0] for name, pair in pairs.items()}
         other = other.replace(shared=other.shared | {name: pair[1] for name, pair in pairs.items()})
-        made: list[Any] = [jax.tree.structure(cache) for cache in (self.replace(shared=entries), other)]
+        alike = (self.replace(shared=entries), other)
+        made: list[Any] = [jax.tree.structure(cache.replace(plan=cache.words)) for cache in alike]
         if made[0] != made[1]:
             raise CacheError("join: the other cache was made by another plan, or for another model")
         after = lambda a, b: jnp.concatenate([a, b])  # noqa: E731
@@ -381,15 +392,5 @@ class Cache(struct.Value):
         return self
 
 
-def ask(
-    shared: dict[str, Any], what: Callable[..., tuple[Any, Array]], flags: Array, *others: dict[str, Any]
-) -> tuple[dict[str, Any], Array]:
-    """Every entry asked in turn, with those of the same name, and the flags that come of it."""
-    asked = {name: what(entry, *(other[name] for other in others)) for name, entry in shared.items()}
-    for _, bits in asked.values():
-        flags = flags | bits
-    return {name: entry for name, (entry, _) in asked.items()}, flags
-
-
 __all__ = ["Cache", "OpenCache", "Span", "Tree", "Project", "Shared", "Node"]
-__all__ += ["Kind", "LayerShape", "filled_positions", "views_of", "is_concrete", "SOURCE", "ask"]
+__all__ += ["Kind", "LayerShape", "filled_positions", "views_of", "is_concrete", "SOURCE"]

@@ -36,8 +36,7 @@ def room_after(prefix: Cache, layers: int, batch: int, capacity: int) -> tuple[C
         if not min(lengths):
             row = lengths.index(0)
             raise InputError(f"prefix: row {row} of the cache is empty; feed the text that the rows share first")
-        least = max(have + prefix.capacity - int(most) for have, most in zip(lengths, prefix.room, strict=True))
-        prefix = prefix.resize(least)
+        prefix = prefix.resize(prefix.needed(lengths))
     if capacity <= prefix.capacity:
         raise InputError(f"prefix: capacity {capacity} leaves no room after a prefix of {prefix.capacity} tokens")
     return prefix, capacity - prefix.capacity

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from kvjax.types import Array
 
 CAPACITY, POSITIONS, PAGES, NAN, TOKEN, REWIND, ROWS, PREFIX, COUNT, NO_SOURCE, NO_TOKEN = (1 << i for i in range(11))
 
@@ -26,6 +29,16 @@ def meaning(flags: Any) -> str:
     return "; ".join(text for bit, text in MEANING.items() if flags & bit)
 
 
+def ask(
+    shared: dict[str, Any], what: Callable[..., tuple[Any, Array]], flags: Array, *others: dict[str, Any]
+) -> tuple[dict[str, Any], Array]:
+    """Every entry asked in turn, with those of the same name, and the flags that come of it."""
+    asked = {name: what(entry, *(other[name] for other in others)) for name, entry in shared.items()}
+    for _, bits in asked.values():
+        flags = flags | bits
+    return {name: entry for name, (entry, _) in asked.items()}, flags
+
+
 __all__ = [
     "CAPACITY",
     "POSITIONS",
@@ -40,4 +53,5 @@ __all__ = [
     "NO_TOKEN",
     "MEANING",
     "meaning",
+    "ask",
 ]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import struct
-from kvjax.caches.base import Shared, Span, ask
-from kvjax.caches.flags import CAPACITY, PREFIX, REWIND, ROWS
+from kvjax.caches.base import Shared, Span
+from kvjax.caches.flags import CAPACITY, PREFIX, REWIND, ROWS, ask
 from kvjax.checks import is_concrete
 from kvjax.errors import CacheError
 from kvjax.ops.attention import EMPTY
@@ -79,7 +79,7 @@ class Prefix(Shared):
 
     def resize(self, capacity: int) -> Prefix:
         """See `Shared`."""
-        room = max(capacity - self.fixed, 1)
+        room = capacity - self.fixed
         return self.replace(suffix={name: entry.resize(room) for name, entry in self.suffix.items()}, room=room)
 
     def rewind(self, lengths: Array) -> tuple[Prefix, Array]:

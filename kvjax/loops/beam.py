@@ -21,9 +21,8 @@ from kvjax.loops.algorithms import Wanted, resized
 from kvjax.loops.noted import Noted
 from kvjax.loops.prompts import fed, padded
 from kvjax.loops.scoring import CHUNK, scored
-from kvjax.loops.search import DONATING, Beams, begin, numbers, rule_of, whole_width
+from kvjax.loops.search import DONATING, Beams, begin, numbers, owned, rule_of, whole_width
 from kvjax.model import Model
-from kvjax.sampling.drawing import own
 from kvjax.types import Array
 
 
@@ -38,7 +37,18 @@ class Beam:
     filters: tuple[Any, ...] = ()
 
     def begin(self, progress: loop.Progress, wanted: Wanted) -> Searching:
-        """See `Algorithm`."""
+        """See `Algorithm`.
+
+        Raises:
+            InputError: the number of tokens of a text, to the power of the penalty, is more than a float can hold.
+        """
+        longest = max(int((wanted.limits.astype(np.int64) - wanted.scored).max()), 1)
+        dtype = jnp.promote_types(jnp.float32, progress.logits.dtype)
+        if abs(self.length_penalty) * math.log10(longest) > math.log10(float(jnp.finfo(dtype).max)) - 8:
+            raise InputError(
+                f"beam: length_penalty {self.length_penalty} is too much for texts of up to {longest} tokens: "
+                f"{longest}^{abs(self.length_penalty)} is more than {dtype} can hold"
+            )
         done = np.asarray(progress.stopped) | (np.asarray(progress.cache.lengths) >= wanted.limits)
         given = progress.starts, wanted.scored, wanted.limits, done
         beams, prompts = _begin(progress.cache, progress.logits, *given, width=self.width, room=ROOM)
@@ -87,7 +97,7 @@ def beam(
         raise InputError(f"beam: returned must be a whole number from 1 to the width {width}, not {returned!r}")
     if not isinstance(length_penalty, int | float) or not math.isfinite(length_penalty):
         raise InputError(f"beam: length_penalty must be a finite number, not {length_penalty!r}")
-    return Beam(width, float(length_penalty), early_stopping, returned, tuple(own(each) for each in filters))
+    return Beam(width, float(length_penalty), early_stopping, returned, owned("beam", filters))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -109,6 +109,8 @@ class Conversation:
             )
         self.lm.text_tokenizer()
         template = self.lm.template if self.template is None else self.template
+        if not isinstance(template, Template):
+            raise InputError(f"Conversation: template must be a Template of kvjax.templates, not {template!r}")
         if template.text is None:
             raise InputError(
                 f"Conversation: model {self.lm.name!r} has no chat template: a base model continues a text; "
@@ -204,8 +206,8 @@ class Conversation:
         Raises:
             InputError: there is none.
         """
-        if not -len(self.turns) <= number < len(self.turns):
-            there = f"{number}, there are {len(self.turns)}" if self.turns else "yet"
+        if not isinstance(number, int) or not -len(self.turns) <= number < len(self.turns):
+            there = f"{number!r}, there are {len(self.turns)}" if self.turns else "yet"
             raise InputError(f"Conversation: there is no turn {there}")
         return self.turns[number]
 

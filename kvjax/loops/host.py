@@ -56,9 +56,16 @@ def generate(
             tokens and cache have all of what completed it; or a list of ids, found on the device, which stays. It must
             lie in what is new. Strings keep a second cache while a chunk runs: a row is run again up to where one ends.
         samples: rows of each prompt, next to each other in the result. A prompt is prefilled once; sample i of a
+<<<<<<< HEAD
             prompt with seed s is what seed s + i gives by itself. `seed` may also be one a sample.
         logprobs: log-probabilities of so many of the most probable tokens, and of those chosen; None is none. Of an
             algorithm that ranks texts, those of the best.
+=======
+            prompt with seed s is what seed s + i gives by itself. `seed` may also be one a sample. (Of
+            `codecs.int4_channels`, whose last tokens are precise, what is shared keeps its own last tokens so, here and
+            with `prefix`: there the result may differ.)
+        logprobs: log-probabilities of so many of the most probable tokens, and of those chosen; None is none.
+>>>>>>> break2
         prefix: a cache of one row whose text every prompt begins with. Only what follows is fed, and the prefix is
             kept once for all rows; it stays usable. The result is the same without it.
         algorithm: how tokens are chosen, such as `kvjax.beam(4)`; None draws them with `sampler`.

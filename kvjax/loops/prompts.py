@@ -206,7 +206,7 @@ def beyond(ids: list[list[int]], prefix: Cache) -> tuple[list[list[int]], Cache]
                 f"with all {len(begin)} and have one more"
             )
     # A caller's cache of any size compiles what one that is just long enough does.
-    return [values[len(begin) :] for values in ids], prefix.resize(len(begin)) if begin else prefix
+    return [values[len(begin) :] for values in ids], prefix.resize(prefix.needed(len(begin))) if begin else prefix
 
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -132,13 +132,21 @@ def score(
     ids = encode(lm, given, "score")
     sources = None if model.encode is None else ids
     begun = ids if sources is None else targets_of(lm, None, len(ids))
-    asked = [continuations] if isinstance(prompts, str) else list(continuations)
+    asked: Any = [continuations] if isinstance(prompts, str) else continuations
+    if isinstance(asked, str) or not isinstance(asked, Iterable):
+        raise InputError(f"score: continuations must be a list with an entry for each prompt, not {asked!r}")
+    asked = list(asked)
     if len(asked) != len(ids):
         raise InputError(f"score: continuations has {len(asked)} entries, there are {len(ids)} prompts")
     wanted: list[tuple[int, list[int]]] = []
     places: list[int] = []
     rows: list[list[Any]] = []
     for row, entry in enumerate(asked):
+        if not isinstance(entry, Iterable):
+            raise InputError(
+                f"score: continuations of prompt {row} must be text, ids, or a list of these, not {entry!r}"
+            )
+        entry = entry if isinstance(entry, str) else list(entry)
         several = not isinstance(entry, str) and any(isinstance(each, str) or np.ndim(each) for each in entry)
         rows.append([None] * len(entry if several else [entry]))
         text = given[row] if isinstance(given[row], str) and sources is None else None

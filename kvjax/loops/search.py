@@ -20,7 +20,7 @@ from kvjax.caches.base import Cache
 from kvjax.caches.branches import ROOM, branched
 from kvjax.caches.flags import NO_TOKEN
 from kvjax.checks import is_concrete, whole
-from kvjax.errors import InputError
+from kvjax.errors import CacheError, InputError
 from kvjax.loops import decode as loop
 from kvjax.loops.feed import feed, finish
 from kvjax.model import Model
@@ -102,9 +102,11 @@ class Beams(struct.Value):
         """The same with another capacity; `cache.doubled` is one with twice the room for what beams add.
 
         Raises:
-            CacheError: a row is longer than it then can be.
+            CacheError: a row is longer than it then can be, or a finished text than `capacity`.
         """
         grown = self.cache.resize(capacity)
+        if is_concrete(self.lengths) and (longest := int(np.asarray(self.lengths).max())) > capacity:
+            raise CacheError(f"resize: capacity {capacity} is less than the length {longest} of a finished text")
         rest = ((0, 0), (0, 0), (0, max(capacity - self.cache.capacity, 0)))
         return self.replace(cache=grown, texts=jnp.pad(self.texts[..., :capacity], rest, constant_values=-1))
 
@@ -114,6 +116,8 @@ def begin(
 ) -> Beams:
     """See `Beams.begin`; `starts` to `done` are `[B]`, as `Beams` has them. Under `jit` only."""
     dtype = jnp.promote_types(jnp.float32, logits.dtype)
+    live = jnp.arange(cache.capacity)[None, :] < cache.lengths[:, None]
+    cache = cache.replace(tokens=jnp.where(live, cache.tokens, -1))  # a rewind leaves ids behind
     cache, rows = loop.flag_nan(cache, logits), (cache.batch, width)
     first = jnp.arange(width)[None, :] == 0
     none, some = jnp.zeros((), jnp.int32), jnp.where(first, 0, -jnp.inf)
@@ -175,12 +179,13 @@ def beam_search(
         Where the search stands.
 
     Raises:
-        InputError: `stop_ids` are no ids, or `chunk` is less than 1.
+        InputError: `stop_ids` are no ids, `filters` no filters, `length_penalty` is no finite number, `early_stopping`
+            none of the three, or `chunk` less than 1.
     """
     if chunk < 1:
         raise InputError(f"beam_search: chunk must be at least 1, not {chunk}")
     how, stops = numbers(length_penalty, early_stopping), stops_of("beam_search", stop_ids, stop_sequences)
-    chosen = tuple(own(each) for each in filters)
+    chosen = owned("beam_search", filters)
     return VALUE(model, beams, *how, stops, chosen, np.int32(loop.ALL), chunk=chunk)
 
 
@@ -228,7 +233,9 @@ def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Stops
     every, places = (jnp.concatenate(pair, axis=1) for pair in ((going, ending), (at, last_at)))
     best, which = lax.top_k(every, w)
     ended = ((which >= w) | last[:, None]) & ~rests[:, None]
-    new = jnp.where(ended, best / count.astype(minus.dtype)[:, None] ** penalty.astype(minus.dtype), minus)
+    new = jnp.where(
+        ended & (best > minus), best / count.astype(minus.dtype)[:, None] ** penalty.astype(minus.dtype), minus
+    )
 
     # The W best of the old and the new finished texts.
     scores, kept = lax.top_k(jnp.concatenate([beams.scores, new], axis=1), w)
@@ -250,7 +257,7 @@ def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Stops
 
     rows = jnp.where(rests[:, None], jnp.arange(w)[None, :], at // v) + w * jnp.arange(b)[:, None]
     fed = jnp.repeat(~rests & ~done, w)
-    cache = cache.reorder(rows.reshape(-1).astype(jnp.int32))
+    cache = cache.reorder(rows.reshape(-1).astype(jnp.int32)) if w > 1 else cache
     cache = cache.replace(flags=cache.flags | jnp.where(jnp.repeat(stuck, w), NO_TOKEN, 0).astype(jnp.int32))
     valid = fed.astype(jnp.int32)
     x, cache = feed(model, cache, (at % v).reshape(-1, 1).astype(jnp.int32), valid)
@@ -285,6 +292,17 @@ def whole_width(width: Any) -> int:
     return width
 
 
+def owned(name: str, filters: Any) -> tuple[Any, ...]:
+    """`filters` as samplers have them.
+
+    Raises:
+        InputError: no sequence of filters.
+    """
+    if not isinstance(filters, list | tuple):
+        raise InputError(f"{name}: filters must be a list or tuple of them, not {filters!r}")
+    return tuple(own(each) for each in filters)
+
+
 def rule_of(early: Any) -> int:
     """The number of `early_stopping`.
 
@@ -297,9 +315,16 @@ def rule_of(early: Any) -> int:
 
 
 def numbers(penalty: Any, early: Any) -> tuple[Any, Any]:
-    """Length penalty and rule, of one dtype whatever is given, so that another number compiles nothing."""
+    """Length penalty and rule, of one dtype whatever is given, so that another number compiles nothing.
+
+    Raises:
+        InputError: the penalty is no finite number, or there is no such rule.
+    """
+    if np.shape(penalty) or (is_concrete(penalty) and not np.isfinite(penalty)):
+        raise InputError(f"beam: length_penalty must be a finite number, not {penalty!r}")
     dtype = jnp.result_type(float)
     return (np if is_concrete(penalty) else jnp).asarray(penalty, dtype), np.int32(rule_of(early))
 
 
-__all__ = ["Beams", "beam_search", "begin", "DONATING", "VALUE", "whole_width", "rule_of", "numbers"]
+__all__ = ["Beams", "beam_search", "begin", "DONATING", "VALUE", "whole_width", "owned", "rule_of"]
+__all__ += ["numbers"]
