@@ -249,6 +249,8 @@ def test_a_string_that_lies_in_an_earlier_call_ends_a_later_one_no_more_than_a_s
         assert more.text == [text[12:] for text in whole] and more.stop == ["length"] * 3
     ended = kvjax.generate(lm, after=first, max_new_tokens=3, stop=whole[0][10:12])
     assert ended.lengths[0] == 0 and ended.stop[0] == "stop", "what ends with one has ended"
+    with pytest.raises(InputError, match="stop is text, but a bare Model has no tokenizer"):
+        kvjax.generate(MODEL, after=ended)
     strings = Strings(["ab", "abc", "bd", "x" * 9])
     assert [strings.first(text, 2) for text in ("ab", "abc", "abd", "abe", "abab")] == [None, 0, 1, None, 2]
 
