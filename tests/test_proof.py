@@ -78,19 +78,9 @@ def quickly():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("section", "name"),
-    [
-        ("decoder", "ring, dense"),
-        ("decoder", "paged, shared"),
-        ("decoder", "dense, int8"),
-        ("encoder", "ring, dense · absorbed"),
-    ],
-)
-def test_rows_of_the_tables_are_equal_under_every_algorithm(section, name, quickly):
-    line = proof.of_kind(section, name)
-    assert not line.wrong and line.refused is None
-    assert len(line.outcomes) == (len(NAMES) if line.exact else 1)
+def test_a_row_of_the_tables_is_equal_under_every_algorithm(quickly):
+    line = proof.of_kind("encoder", "ring, dense · absorbed")
+    assert not line.wrong and len(line.outcomes) == len(NAMES)
 
 
 @pytest.mark.full
@@ -99,9 +89,10 @@ def test_a_family_is_equal_under_its_default_plan(quickly):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["mask < for <=", "key position + 1"])
-def test_a_broken_plan_fails_under_every_algorithm(name, quickly):
-    plan = BY_NAME[name](caches.ring(WINDOW, slack=2))
-    line = proof.proved(tiny(ONE_LAYER_WINDOWED), proof.Row(name, plan), seeds=[0], splits=[(5, 11)])
-    assert [each.algorithm for each in line.outcomes if any(not x.tie for x in each.differences)] == NAMES
-    assert "DIFFERS" in proof.in_markdown([line])
+def test_a_broken_plan_fails_whatever_the_algorithm(quickly):
+    """The others are in `test_equivalence`; recomputing the scores of beams that differ takes most of the time."""
+    chosen = [proof.ALGORITHMS[at] for at in (2, 6)]
+    plan = BY_NAME["mask < for <="](caches.ring(WINDOW, slack=2))
+    line = proof.proved(tiny(ONE_LAYER_WINDOWED), proof.Row("broken", plan), chosen, seeds=[0], splits=[(5, 11)])
+    assert all(any(not x.tie for x in each.differences) for each in line.outcomes)
+    assert "DIFFERS" in proof.in_markdown([line], chosen)
