@@ -13,6 +13,7 @@ from models import ONE_LAYER, prompt_ids, tiny
 
 import kvjax
 from kvjax import CacheError, InputError, sampling
+from kvjax.checkpoint.generation import renormalized
 from kvjax.ops.positions import Learned
 
 PROMPTS = [row[:n].tolist() for row, n in zip(prompt_ids(4), (16, 7, 1), strict=True)]
@@ -166,6 +167,17 @@ def fraction(logits, keys, text):
 def test_what_a_filter_or_sampler_of_ones_own_gives_is_not_broadcast_to_other_rows(sampler, message):
     with pytest.raises(InputError, match=message):
         generate(MODELS["decoder"], {}, sampler=sampler)
+
+
+def broken(logits, text):
+    return logits.at[1, 7].set(jnp.nan)
+
+
+@pytest.mark.parametrize("filters", [(broken,), (sampling.banned(range(96)), renormalized)], ids=("NaN", "none left"))
+def test_no_token_is_drawn_of_what_a_filter_made_nan(filters):
+    for sampler in (sampling.greedy(*filters), sampling.chain(*filters)):
+        with pytest.raises(CacheError, match="all of them are banned, or a filter made one NaN"):
+            generate(MODELS["decoder"], {}, sampler=sampler)
 
 
 @pytest.mark.parametrize(

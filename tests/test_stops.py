@@ -201,16 +201,6 @@ def test_a_ring_that_cannot_be_rewound_ends_at_a_string_too():
         out.cache.rewind(out.cache.lengths - 1)
 
 
-def test_a_row_that_ends_at_a_string_has_the_tokens_that_its_filters_chose_for_its_budget():
-    lm, whole = texts()
-    last = sampling.chain(*WARM.filters, sampling.forced_last([0]))
-    out = generate(model=lm, stop=[whole[0][5:8]], sampler=last)
-    n = int(out.lengths[0])
-    assert out.stop[0] == "stop" and n < STEPS and out.tokens[0, n - 1] != 0
-    np.testing.assert_array_equal(out.tokens[0, :n], unstopped()[0, :n])
-    assert out.tokens[1, -1] == 0, "the last that a budget allows"
-
-
 def test_targets_end_at_strings_and_sequences_too():
     encoder = dataclasses.replace(ONE_LAYER, positions=Learned(24), max_positions=24, tied=True)
     config = dataclasses.replace(ONE_LAYER, positions=Learned(64), max_positions=64, encoder=encoder)
@@ -227,6 +217,16 @@ def test_targets_end_at_strings_and_sequences_too():
     assert out.stop[:2] == ["stop"] * 2 and (int(out.lengths[0]), int(out.lengths[1])) <= (18, 18)
     stream = kvjax.stream(lm, PROMPTS, sampler=WARM, seed=[1, 2, 3], max_new_tokens=STEPS, stop=[free.text[0][15:18]])
     assert "".join(piece.text for piece in stream if piece.row == 0) == out.text[0]
+
+
+def test_a_row_that_ends_at_a_string_has_the_tokens_that_its_filters_chose_for_its_budget():
+    lm, whole = texts()
+    last = sampling.chain(*WARM.filters, sampling.forced_last([0]))
+    out = generate(model=lm, stop=[whole[0][5:8]], sampler=last)
+    n = int(out.lengths[0])
+    assert out.stop[0] == "stop" and n < STEPS and out.tokens[0, n - 1] != 0
+    np.testing.assert_array_equal(out.tokens[0, :n], unstopped()[0, :n])
+    assert out.tokens[1, -1] == 0, "the last that a budget allows"
 
 
 def test_a_string_may_begin_in_one_call_and_end_in_the_next():
@@ -249,6 +249,8 @@ def test_a_string_that_lies_in_an_earlier_call_ends_a_later_one_no_more_than_a_s
         assert more.text == [text[12:] for text in whole] and more.stop == ["length"] * 3
     ended = kvjax.generate(lm, after=first, max_new_tokens=3, stop=whole[0][10:12])
     assert ended.lengths[0] == 0 and ended.stop[0] == "stop", "what ends with one has ended"
+    with pytest.raises(InputError, match="stop is text, but a bare Model has no tokenizer"):
+        kvjax.generate(MODEL, after=ended)
     strings = Strings(["ab", "abc", "bd", "x" * 9])
     assert [strings.first(text, 2) for text in ("ab", "abc", "abd", "abe", "abab")] == [None, 0, 1, None, 2]
 

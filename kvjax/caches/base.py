@@ -81,7 +81,8 @@ class Cache(struct.Value):
     def room(self) -> Array:
         """`[B]` int32, tokens that each row can hold: the capacity, or less where rows share prefixes that are shorter
         than their slots."""
-        room = jnp.full((self.batch,), self.capacity, jnp.int32)
+        fill = np.full if is_concrete(self.lengths) else jnp.full  # on the host, nothing is compiled for it
+        room: Any = fill((self.batch,), self.capacity, jnp.int32)
         for entry in self.shared.values():
             room = room if entry.most is None else jnp.minimum(room, entry.most)
         return room

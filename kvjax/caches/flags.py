@@ -20,7 +20,7 @@ MEANING = {
     PREFIX: "it was joined with rows that go on from another prefix",
     COUNT: "it was given a number of tokens below 0 or above the columns",
     NO_SOURCE: "its source is empty, was refused, or holds what the cache cannot keep",
-    NO_TOKEN: "no token may be chosen: all of them are banned",
+    NO_TOKEN: "no token may be chosen: all of them are banned, or a filter made one NaN",
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kvjax import sampling
 from kvjax.checkpoint.fields import Fields
@@ -151,7 +152,7 @@ class _Asking:
 
 def renormalized(logits: Array, text: Text) -> Array:
     """Log-probabilities of what the filters before leave: beams are then summed as of that."""
-    return jax.nn.log_softmax(logits, axis=1)
+    return jnp.where(jnp.isneginf(logits), -jnp.inf, jax.nn.log_softmax(logits, axis=1))  # of nothing it would be NaN
 
 
 def _is_sequence(word: Any) -> bool:

@@ -48,7 +48,8 @@ def flag_nan(cache: Cache, logits: Array) -> Cache:
 
 def flag_none(cache: Cache, tokens: Array) -> Cache:
     """Rows for which a sampler found no token are flagged; the token is -1, and is not fed."""
-    return cache.replace(flags=cache.flags | jnp.where(tokens < 0, NO_TOKEN, 0).astype(jnp.int32))
+    none = (tokens < 0) & (cache.flags == 0)  # the logits of a flagged row are NaN
+    return cache.replace(flags=cache.flags | jnp.where(none, NO_TOKEN, 0).astype(jnp.int32))
 
 
 def _step(model: Model, cache: Cache, tokens: Array) -> tuple[Array, Cache]:

@@ -33,6 +33,7 @@ from kvjax.loops.prompts import (
     padded,
     stop_at_of,
     targets_of,
+    with_tokenizer,
 )
 from kvjax.loops.watch import Strings, Watch
 from kvjax.model import Model
@@ -359,7 +360,7 @@ def _seeds(seed: Any, after: Generated | None, rows: int, samples: int) -> np.nd
 
 
 def _watches(lm: LM | Model, ids: list[list[int]], starts: np.ndarray, strings: Strings) -> tuple[Watch, ...]:
-    tokenizer = lm.text_tokenizer()  # type: ignore[union-attr]
+    tokenizer = with_tokenizer(lm, "stop")  # also where an earlier result says what it is
 
     def watch(row: list[int], start: int) -> Watch:
         made = [tokenizer.continuation(row[:start], row[start:end]) for end in (len(row), max(len(row) - 1, start))]

@@ -150,8 +150,9 @@ def largest(logits: Array) -> Array:
 
 
 def chosen(scores: Array) -> Array:
-    """`[B]` int32, as `largest`, and -1 where all of `scores[B, V]` are -inf."""
-    return jnp.where(jnp.all(jnp.isneginf(scores), axis=1), -1, largest(scores))
+    """`[B]` int32, as `largest`, and -1 where all of `scores[B, V]` are -inf, or one is NaN: no filter may make one."""
+    none = jnp.all(jnp.isneginf(scores), axis=1) | jnp.any(jnp.isnan(scores), axis=1)
+    return jnp.where(none, -1, largest(scores))
 
 
 def row_keys(seeds: Array) -> Array:
