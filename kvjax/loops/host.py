@@ -35,51 +35,46 @@ def generate(
     cross: Any = None,
 ) -> Generated:
     """Continues prompts until something stops a row or its budget is spent. With an encoder, prompts are source texts,
-        and what is made is a target for each.
+    and what is made is a target for each.
 
-        Compiles two programs for a prompt bucket and a capacity; other prompts, seeds, samplers' numbers, stops and budgets
-        compile none.
+    Compiles two programs for a prompt bucket and a capacity; other prompts, seeds, samplers' numbers, stops and budgets
+    compile none.
 
-        Args:
-            lm: from `kvjax.load`; or a bare `Model`, for prompts of ids.
-            prompts: a str, a list of str, or a list of lists of ids; rows may differ in length.
-            after: what an earlier call gave: goes on as one longer call would have, and leaves it usable. With prompts, one
-                a row, these follow what was made; of a text, the ids alone, with nothing around them. Seeds, sampler, stop
-                ids and stops are its own unless given.
-            max_new_tokens: int, or one a row; 0 gives nothing new. None is 128, or twice the source if that is more, or
-                what the model's positions leave a row if that is less.
-            sampler: see `kvjax.sampling`; None is greedy.
-            seed: int, or one a row; the same seed samples the same alone and in any row.
-            plan: kind of cache; None is `caches.default`.
-            stop_ids: tokens that end a row, themselves included in what is emitted; None is those of `lm`.
-            stop: what else ends a row, one or a list: a str, without which and what follows it the text is given, while
-                tokens and cache have all of what completed it; or a list of ids, found on the device, which stays. It must
-                lie in what is new. Strings keep a second cache while a chunk runs: a row is run again up to where one ends.
-            samples: rows of each prompt, next to each other in the result. A prompt is prefilled once; sample i of a
-    <<<<<<< HEAD
-                prompt with seed s is what seed s + i gives by itself. `seed` may also be one a sample.
-            logprobs: log-probabilities of so many of the most probable tokens, and of those chosen; None is none. Of an
-                algorithm that ranks texts, those of the best.
-    =======
-                prompt with seed s is what seed s + i gives by itself. `seed` may also be one a sample. (Of
-                `codecs.int4_channels`, whose last tokens are precise, what is shared keeps its own last tokens so, here and
-                with `prefix`: there the result may differ.)
-            logprobs: log-probabilities of so many of the most probable tokens, and of those chosen; None is none.
-    >>>>>>> break2
-            prefix: a cache of one row whose text every prompt begins with. Only what follows is fed, and the prefix is
-                kept once for all rows; it stays usable. The result is the same without it.
-            algorithm: how tokens are chosen, such as `kvjax.beam(4)`; None draws them with `sampler`.
-            target: what targets begin with, after the model's start token: text or ids, one for all or a list with one a
-                row. It is the prompt of the result, and not among the new tokens.
-            cross: what is kept of the sources, `caches.cross()` or `caches.encoder_output()`; None is `caches.cross()`.
+    Args:
+        lm: from `kvjax.load`; or a bare `Model`, for prompts of ids.
+        prompts: a str, a list of str, or a list of lists of ids; rows may differ in length.
+        after: what an earlier call gave: goes on as one longer call would have, and leaves it usable. With prompts, one
+            a row, these follow what was made; of a text, the ids alone, with nothing around them. Seeds, sampler, stop
+            ids and stops are its own unless given.
+        max_new_tokens: int, or one a row; 0 gives nothing new. None is 128, or twice the source if that is more, or
+            what the model's positions leave a row if that is less.
+        sampler: see `kvjax.sampling`; None is greedy.
+        seed: int, or one a row; the same seed samples the same alone and in any row.
+        plan: kind of cache; None is `caches.default`.
+        stop_ids: tokens that end a row, themselves included in what is emitted; None is those of `lm`.
+        stop: what else ends a row, one or a list: a str, without which and what follows it the text is given, while
+            tokens and cache have all of what completed it; or a list of ids, found on the device, which stays. It must
+            lie in what is new. Strings keep a second cache while a chunk runs: a row is run again up to where one ends.
+        samples: rows of each prompt, next to each other in the result. A prompt is prefilled once; sample i of a
+            prompt with seed s is what seed s + i gives by itself. `seed` may also be one a sample. (Of
+            `codecs.int4_channels`, whose last tokens are precise, what is shared keeps its own last tokens so, here and
+            with `prefix`: there the result may differ.)
+        logprobs: log-probabilities of so many of the most probable tokens, and of those chosen; None is none. Of an
+            algorithm that ranks texts, those of the best.
+        prefix: a cache of one row whose text every prompt begins with. Only what follows is fed, and the prefix is
+            kept once for all rows; it stays usable. The result is the same without it.
+        algorithm: how tokens are chosen, such as `kvjax.beam(4)`; None draws them with `sampler`.
+        target: what targets begin with, after the model's start token: text or ids, one for all or a list with one a
+            row. It is the prompt of the result, and not among the new tokens.
+        cross: what is kept of the sources, `caches.cross()` or `caches.encoder_output()`; None is `caches.cross()`.
 
-        Returns:
-            Texts, tokens, and a cache to go on from.
+    Returns:
+        Texts, tokens, and a cache to go on from.
 
-        Raises:
-            InputError: a prompt is empty, has ids outside the vocabulary or does not go on from `prefix`, a source passes
-                the encoder's positions, or budgets the model's.
-            CacheError: a row was flagged, for example because of NaN logits.
+    Raises:
+        InputError: a prompt is empty, has ids outside the vocabulary or does not go on from `prefix`, a source passes
+            the encoder's positions, or budgets the model's.
+        CacheError: a row was flagged, for example because of NaN logits.
     """
     run = Run.start(
         lm,
