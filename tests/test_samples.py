@@ -86,6 +86,10 @@ def test_settings_of_each_prompt_hold_for_all_its_samples():
     more = kvjax.generate(MODEL, after=out, max_new_tokens=5)
     whole = generate(samples=2, sampler=cold, seed=3, max_new_tokens=STEPS + 5)
     np.testing.assert_array_equal(more.tokens, whole.tokens[:, STEPS:])
+    each = sampling.chain(sampling.temperature([0.0, 0.9, 0.0, 0.9]))
+    first = generate(samples=2, sampler=each, seed=3, max_new_tokens=4)
+    rows = kvjax.generate(MODEL, after=first, samples=3, max_new_tokens=8).tokens.reshape(4, 3, 8)
+    assert (rows[::2] == rows[::2, :1]).all() and (rows[1::2] != rows[1::2, :1]).any(), "greedy in every second row"
     with pytest.raises(InputError, match="3 values for 2 rows"):
         generate(samples=2, sampler=sampling.chain(sampling.temperature([1.0, 1.0, 1.0])))
 

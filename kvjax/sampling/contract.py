@@ -107,10 +107,10 @@ def of_rows(value: Array, rank: int, logits: Array, text: Text | None = None) ->
     rows = logits.shape[0]
     value = value[None] if value.ndim == rank else value
     if value.shape[0] not in (1, rows):
-        copies = 1 if text is None else text.copies
-        if value.shape[0] * copies != rows:
+        copies, each = 1 if text is None else text.copies, rows // max(value.shape[0], 1)
+        if each * value.shape[0] != rows or copies % each:  # samples of samples: one for each of the first is right too
             raise InputError(f"sampler: {value.shape[0]} values for {rows // copies} rows")
-        value = jnp.repeat(value, copies, axis=0)
+        value = jnp.repeat(value, each, axis=0)
     return jnp.broadcast_to(value, (rows, *value.shape[1:]))
 
 
