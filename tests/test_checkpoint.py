@@ -312,7 +312,7 @@ def test_only_files_that_are_read_are_fetched(monkeypatch, tmp_path, tensors):
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **kw: asked.update(kw, name=name) or str(folder))
     load("someone/something", revision="abc")
     assert asked["name"] == "someone/something" and asked["revision"] == "abc"
-    assert all(p.endswith((".json", ".safetensors", ".spm", ".model")) for p in asked["allow_patterns"])
+    assert all(p.endswith((".json", ".safetensors", ".spm", ".model", ".jinja")) for p in asked["allow_patterns"])
 
 
 BIG = """

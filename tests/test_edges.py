@@ -29,14 +29,30 @@ ALGORITHMS = {"drawn": DRAW, "beams": {"algorithm": kvjax.beam(3)}}
 STEPS = 18
 
 
-@pytest.fixture(params=MODELS)
-def lm(request):
-    return MODELS[request.param]
+BOTH = [
+    pytest.param((model, algorithm), id=f"{model}, {algorithm}", marks=pytest.mark.full if dear else ())
+    for model, algorithm, dear in (
+        ("decoder", "drawn", False),
+        ("decoder", "beams", True),
+        ("with an encoder", "drawn", True),
+        ("with an encoder", "beams", False),
+    )
+]
 
 
-@pytest.fixture(params=ALGORITHMS)
-def options(request):
-    return ALGORITHMS[request.param]
+@pytest.fixture(params=BOTH)
+def names(request):
+    return request.param
+
+
+@pytest.fixture
+def lm(names):
+    return MODELS[names[0]]
+
+
+@pytest.fixture
+def options(names):
+    return ALGORITHMS[names[1]]
 
 
 def generate(lm, options, **more):
@@ -49,9 +65,8 @@ def _free(model, algorithm):
 
 
 @pytest.fixture
-def free(request, lm, options):
-    names = request.node.callspec.params
-    return _free(names["lm"], names["options"])
+def free(names):
+    return _free(*names)
 
 
 def test_a_row_that_stops_at_once_leaves_the_others_as_they_were(lm, options):

@@ -24,6 +24,11 @@ def through_everything(model, out, cache, logits, branch, folder):
     yield kvjax.decode(model, cache, logits, steps=STEPS, sampler=SAMPLER, seed=branch)
     yield kvjax.decode_until(model, cache, logits, max_new_tokens=6, seed=branch)
     yield kvjax.generate(model, after=out, max_new_tokens=6)
+    yield kvjax.generate(model, ids[:, :5].tolist(), after=out, max_new_tokens=6)
+    yield [piece.tokens for piece in kvjax.stream(model, after=out, max_new_tokens=6)]
+    yield kvjax.loglikelihood(model, cache, logits, ids[:, :5])
+    if cache.branches:
+        yield kvjax.branched(cache, 2)
     yield cache.rewind(cache.lengths - 1 * (branch == 0))
     yield cache.take([2, branch])
     yield cache.reorder([1, branch, 2])
@@ -52,18 +57,28 @@ def test_a_cache_is_bitwise_unharmed_after_both_branches_of_a_fork_ran_through_e
 
 
 def test_every_public_function_that_takes_a_cache_is_in_this_test():
-    takes = {"prefill", "step", "decode", "decode_until", "generate", "save_cache"}
+    takes = {
+        "prefill",
+        "step",
+        "decode",
+        "decode_until",
+        "generate",
+        "stream",
+        "loglikelihood",
+        "branched",
+        "save_cache",
+    }
     takes |= {"resume"}  # of a cache with a trace, in test_resume
     takes |= {"beam", "beam_search"}  # of beams, in test_beam
     public = {name for name in kvjax.__all__ if callable(getattr(kvjax, name))}
     builds = {"init_cache", "cache_nbytes", "forward", "attend", "cross_attend", "encode", "decoder", "init_params"}
-    builds |= {"load", "load_cache"}
+    builds |= {"load", "load_cache", "score", "perplexity"}
     types = {name for name in public if isinstance(getattr(kvjax, name), type)}
     assert public - builds - types <= takes, "a new function: let both branches run through it"
     methods = {name for name in dir(kvjax.Cache) if not name.startswith("_") and callable(getattr(kvjax.Cache, name))}
     seen = {"rewind", "take", "reorder", "resize", "check", "keys", "values", "positions", "keep"}
     seen |= {"fork", "join", "insert", "release", "trace", "recorded"}
-    assert methods - {"replace", "reserve"} <= seen  # reserve belongs to the loops
+    assert methods - {"replace", "reserve", "enough", "needed"} <= seen  # of the loops, and numbers
 
 
 @pytest.mark.corner

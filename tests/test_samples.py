@@ -121,6 +121,7 @@ def test_log_probabilities_are_those_of_the_forward_pass_whatever_was_filtered()
     np.testing.assert_array_equal(generate(sampler=cold, logprobs=0).tokens, generate(sampler=cold).tokens)
 
 
+@pytest.mark.full
 def test_log_probabilities_are_kept_through_growth_samples_and_a_second_call():
     out = generate(samples=2, logprobs=1, max_new_tokens=300)
     assert np.isfinite(out.logprobs.chosen).all()
@@ -132,7 +133,10 @@ def test_log_probabilities_are_kept_through_growth_samples_and_a_second_call():
     np.testing.assert_allclose(np.exp(many.logprobs.values[:, :, :96]).sum(axis=2), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("lm", [MODEL, TRANSLATOR], ids=["decoder", "with an encoder"])
+@pytest.mark.parametrize(
+    "lm",
+    [pytest.param(MODEL, id="decoder"), pytest.param(TRANSLATOR, id="with an encoder", marks=pytest.mark.full)],
+)
 def test_log_probabilities_of_the_best_of_a_search_add_up_to_its_score(lm):
     options = {"algorithm": kvjax.beam(3, length_penalty=0.0), "max_new_tokens": [9, 0]}
     out = kvjax.generate(lm, PROMPTS, logprobs=96, **options)
@@ -178,6 +182,7 @@ def test_more_text_grows_a_cache_that_is_too_small_and_goes_on_after_a_stop():
     np.testing.assert_array_equal(more.tokens, generate(texts, max_new_tokens=4).tokens)
 
 
+@pytest.mark.full
 def test_more_of_a_target_follows_what_was_made():
     first = generate([[4, 5, 6]], TRANSLATOR, max_new_tokens=4)
     more = kvjax.generate(TRANSLATOR, [[8, 9]], after=first, max_new_tokens=6)
@@ -238,6 +243,7 @@ def test_more_text_that_is_none_is_an_error():
         kvjax.generate(MODEL, [[96], [1]], after=out)
 
 
+@pytest.mark.full
 def test_the_loops_note_log_probabilities_of_ones_own():
     cache = kvjax.init_cache(MODEL, batch=2, capacity=64)
     logits, cache = kvjax.prefill(MODEL, cache, np.array([[1, 2, 3], [4, 5, 6]]))

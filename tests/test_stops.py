@@ -201,6 +201,7 @@ def test_a_ring_that_cannot_be_rewound_ends_at_a_string_too():
         out.cache.rewind(out.cache.lengths - 1)
 
 
+@pytest.mark.full
 def test_targets_end_at_strings_and_sequences_too():
     encoder = dataclasses.replace(ONE_LAYER, positions=Learned(24), max_positions=24, tied=True)
     config = dataclasses.replace(ONE_LAYER, positions=Learned(64), max_positions=64, encoder=encoder)
