@@ -10,6 +10,7 @@ is taken.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -124,6 +125,7 @@ def searched(model: Any, prompt: list[int], source: list[int] | None, setting: d
 
 def main() -> None:
     """Writes the file."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
     import transformers
 

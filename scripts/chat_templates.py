@@ -8,6 +8,7 @@ the beginning of an answer, the text and its ids, or what the template says when
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import sys
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-import transformers
-from transformers.utils import chat_template_utils
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "chat.json"
 NOW = datetime.datetime(2026, 11, 22, 17, 4, 5)
@@ -187,6 +186,8 @@ class Clock(datetime.datetime):
 
 def asked(folder: Path, talk: list[dict[str, str]], prompt: bool) -> dict[str, Any]:
     """What Transformers makes of the folder's template."""
+    import transformers
+
     fast = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     try:
         text = fast.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
@@ -197,6 +198,10 @@ def asked(folder: Path, talk: list[dict[str, str]], prompt: bool) -> dict[str, A
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    import transformers
+    from transformers.utils import chat_template_utils
+
     chat_template_utils.datetime = Clock
     cases: list[dict[str, Any]] = []
     for name, (template, tokens, file) in TEMPLATES.items():

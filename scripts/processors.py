@@ -9,6 +9,7 @@ the tokens of `generate` by greedy search, each key of the file changes them, an
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from collections.abc import Iterator
@@ -255,6 +256,7 @@ def matters(model: Any, texts: list[np.ndarray], config: dict[str, Any], key: st
 
 def main() -> int:
     """Command line."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
     import transformers
 
