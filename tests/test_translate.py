@@ -171,7 +171,8 @@ def test_a_bar_shows_on_a_terminal_and_nowhere_else(command, names, monkeypatch)
 @pytest.mark.full
 def test_a_real_interrupt_loses_nothing_that_was_done(tmp_path):
     script = (
-        "import sys, test_translate; from kvjax import cli; from kvjax.cli import translate_text;"
+        "import signal, sys, test_translate; from kvjax import cli; from kvjax.cli import translate_text;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # what a background job inherits ignores it
         "translate_text.load = lambda name, dtype: test_translate.LM; sys.exit(cli.main())"
     )
     file = tmp_path / "names.txt"
