@@ -242,6 +242,7 @@ def test_filters_see_log_probabilities_and_the_text_so_far():
         np.testing.assert_allclose([x.score for x in made], [s for _, s in want], atol=SUMS)
 
 
+@pytest.mark.full
 def test_a_prompt_for_which_every_token_is_banned_is_named():
     beam = kvjax.beam(WIDTH, filters=[only_after_sixteen])
     with pytest.raises(CacheError, match="prompt 1, beam 0 of length 7, .*no token may be chosen"):
@@ -257,6 +258,7 @@ def only_after_sixteen(logits, text):
     return jnp.where((text.lengths >= 16)[:, None], logits, -jnp.inf)
 
 
+@pytest.mark.full
 def test_an_end_inside_the_prompt_ends_nothing_and_a_sequence_ends_some_beams():
     prompt = [*PROMPTS[0][:5], STOPS[1], *PROMPTS[0][5:]]
     out = search([prompt], stop_ids=STOPS, max_new_tokens=20)

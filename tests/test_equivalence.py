@@ -137,7 +137,8 @@ PUBLIC = [
 ]
 
 
-@pytest.mark.parametrize("which", [4, *(pytest.param(i, marks=pytest.mark.full) for i in range(4))])
+@pytest.mark.full
+@pytest.mark.parametrize("which", range(5))
 def test_what_public_loops_take_is_compared_and_finds_a_window_too_short(which):
     plans = {"ring": caches.ring(WINDOW), "too short by one": caches.ring(WINDOW - 1)}
     found = testing.check_equivalence(

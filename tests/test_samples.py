@@ -62,6 +62,7 @@ def test_a_prompt_is_fed_once_however_many_samples_it_has(monkeypatch):
     assert fed == [(1, 32)]
 
 
+@pytest.mark.full
 def test_samples_share_the_memory_of_their_prompt():
     prompts = prompt_ids(9, 2, 200).tolist()
     one, many = (generate(prompts, samples=n, max_new_tokens=4, plan=caches.dense()) for n in (1, 8))
