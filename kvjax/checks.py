@@ -62,6 +62,17 @@ def array(name: str, x: Any, error: type = InputError) -> Any:
         raise error(f"{name} must be whole numbers in rows of equal length ({problem})") from None
 
 
+def count(name: str, x: Any, least: int = 1, error: type = InputError) -> int:
+    """`x`, which is an int of at least `least`.
+
+    Raises:
+        InputError: (or `error`) it is anything else, True and 2.0 among them.
+    """
+    if not isinstance(x, int) or isinstance(x, bool) or x < least:
+        raise error(f"{name} must be a whole number of at least {least}, not {x!r}")
+    return x
+
+
 def either(name: str, x: Any) -> bool:
     """`x`, which is True or False.
 
@@ -85,4 +96,4 @@ def bucket(length: int, least: int = BUCKET, most: int | None = None) -> int:
     return size if most is None else max(length, min(size, most))
 
 
-__all__ = ["whole", "array", "either", "is_concrete", "bucket", "BUCKET", "MOST"]
+__all__ = ["whole", "array", "count", "either", "is_concrete", "bucket", "BUCKET", "MOST"]

@@ -59,11 +59,10 @@ def stops_of(name: str, ids: Sequence[int] = (), sequences: Sequence[Sequence[in
     return Stops(id_list(f"{name}: stop_ids", ids), table)  # type: ignore[arg-type]
 
 
-def found(stops: Stops, new: list[int]) -> bool:
-    """Whether new tokens end with one of `stops`; on the host."""
-    wanted: list[Any] = [row[row >= 0].tolist() for row in np.asarray(stops.sequences)]
-    ids = set(np.asarray(stops.ids)[np.asarray(stops.ids) >= 0].tolist())
-    return bool(new) and (new[-1] in ids or any(row and new[-len(row) :] == row for row in wanted))
+def completed(sequences: Array, new: list[int]) -> bool:
+    """Whether new tokens end with one of `Stops.sequences`; on the host."""
+    wanted: list[Any] = [row[row >= 0].tolist() for row in np.asarray(sequences)]
+    return any(row and new[-len(row) :] == row for row in wanted)
 
 
-__all__ = ["Stops", "stops_of", "found"]
+__all__ = ["Stops", "stops_of", "completed"]

@@ -17,8 +17,8 @@ def node(cls: type[_C]) -> type[_C]:
     """Makes a class a frozen dataclass and a pytree; its class is part of its structure.
 
     From jax 0.10 on (seen there and on 0.12) dataclasses of different classes have equal structures where their fields
-    agree, though not equal hashes. Of two such filters, one then ran the other's compiled program, one time in about a
-    hundred. So the class stands among the static fields.
+    agree, though not equal hashes. Of two such filters, one then now and then ran the other's compiled program. So the
+    class stands among the static fields.
     """
     cls.__annotations__ = inspect.get_annotations(cls) | {"_class": type}
     cls._class = field(pytree_node=False, default=cls, kw_only=True, repr=False)  # type: ignore[attr-defined]

@@ -34,6 +34,15 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture
+def quickly():
+    """For tests of many programs that each run for milliseconds: XLA need not optimise them."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Says how many tests against the reference models ran: none is no failure, but it must not go unseen."""
     outcomes = {

@@ -12,6 +12,8 @@ from kvjax.testing import moves, mutants, programs, promises, sources
 from kvjax.testing.mutants import MUTANTS, NOTHING
 from kvjax.testing.sharded import sharded
 
+pytestmark = pytest.mark.usefixtures("quickly")
+
 RING, PAGES, SOURCE = kinds.MUTATED[0], kinds.MUTATED[4], kinds.MUTATED_SOURCES[0]
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 OF_SOURCES = tuple(mutant for mutant in MUTANTS if mutant.name.startswith("source: "))
@@ -45,15 +47,6 @@ KILLED_BY = {
     moves.gradients: "gradient stopped",
 }
 """A mutant that each check kills, in a ring, in pages or beside a source."""
-
-
-@pytest.fixture(autouse=True)
-def quickly():
-    """Every mutant is a program of its own that runs for milliseconds: XLA need not optimise it."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

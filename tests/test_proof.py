@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from models import ONE_LAYER_WINDOWED, WINDOW, tiny
 
@@ -66,15 +65,6 @@ def test_a_refused_row_is_on_the_list_and_any_other_error_is_raised():
     assert "refused: absorb across a rotation" in proof.in_markdown([line])
     with pytest.raises(CacheError, match="the page pool was exhausted"):
         proof.proved(tiny(ONE_LAYER_WINDOWED), proof.Row("scarce", caches.paged(8, pages=3)), splits=[(16,)], seeds=[0])
-
-
-@pytest.fixture
-def quickly():
-    """Every plan is programs of its own that run for milliseconds: XLA need not optimise them."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.mark.full

@@ -24,6 +24,8 @@ TRANSLATOR = kvjax.LM(
     tiny(dataclasses.replace(ONE_LAYER, positions=Learned(64), max_positions=64, encoder=ENCODER)), start_ids=(3,)
 )
 STEPS = 20
+NEAR = 2e-5
+"""A log-probability is a difference of logits of about 10, each right to 1e-6 of that."""
 
 
 def generate(prompts=PROMPTS, model=MODEL, **options):
@@ -112,9 +114,9 @@ def test_log_probabilities_are_those_of_the_forward_pass_whatever_was_filtered()
         text = np.array([PROMPTS[row] + out.tokens[row, :n].tolist()])
         want = np.asarray(jax.nn.log_softmax(kvjax.forward(MODEL, text)[0, len(PROMPTS[row]) - 1 : -1], axis=-1))
         chosen = want[np.arange(n), out.tokens[row, :n]]
-        np.testing.assert_allclose(out.logprobs.chosen[row, :n], chosen, atol=2e-5)  # logits are right to 1e-6 of 10
+        np.testing.assert_allclose(out.logprobs.chosen[row, :n], chosen, atol=NEAR)
         np.testing.assert_array_equal(out.logprobs.ids[row, :n], np.argsort(-want, axis=1, kind="stable")[:, :4])
-        np.testing.assert_allclose(out.logprobs.values[row, :n], -np.sort(-want, axis=1)[:, :4], atol=2e-5)
+        np.testing.assert_allclose(out.logprobs.values[row, :n], -np.sort(-want, axis=1)[:, :4], atol=NEAR)
         assert np.isnan(out.logprobs.chosen[row, n:]).all() and (out.logprobs.ids[row, n:] == -1).all()
         shifted = want[np.arange(n - 1) + 1, out.tokens[row, : n - 1]]
         assert np.abs(out.logprobs.chosen[row, : n - 1] - shifted).max() > 0.1, "one position further they differ"
@@ -128,7 +130,7 @@ def test_log_probabilities_are_kept_through_growth_samples_and_a_second_call():
     assert np.isfinite(out.logprobs.chosen).all()
     first = generate(samples=2, logprobs=1, max_new_tokens=290)
     more = kvjax.generate(MODEL, after=first, max_new_tokens=10, logprobs=1)
-    np.testing.assert_allclose(more.logprobs.chosen, out.logprobs.chosen[:, 290:], atol=2e-5)
+    np.testing.assert_allclose(more.logprobs.chosen, out.logprobs.chosen[:, 290:], atol=NEAR)
     many = generate(logprobs=200)
     assert many.logprobs.ids.shape == (2, STEPS, 200) and (many.logprobs.ids[:, :, 96:] == -1).all(), "more than V"
     np.testing.assert_allclose(np.exp(many.logprobs.values[:, :, :96]).sum(axis=2), 1, atol=1e-5)
@@ -197,7 +199,7 @@ def test_branches_of_a_result_are_forks_that_leave_it_usable():
     for i in range(3):
         one = kvjax.generate(MODEL, after=trunk, seed=40 + i, max_new_tokens=6, logprobs=0)
         np.testing.assert_array_equal(many.tokens[i], one.tokens[0])
-        np.testing.assert_allclose(many.logprobs.chosen[i], one.logprobs.chosen[0], atol=2e-5)
+        np.testing.assert_allclose(many.logprobs.chosen[i], one.logprobs.chosen[0], atol=NEAR)
     left, right = (kvjax.generate(MODEL, [[token]], after=trunk, max_new_tokens=6, logprobs=0) for token in (5, 7))
     assert left.prompts[0][:-1] == right.prompts[0][:-1] and (left.tokens != right.tokens).any()
     again = generate([PROMPTS[0]], max_new_tokens=8)
@@ -251,5 +253,5 @@ def test_the_loops_note_log_probabilities_of_ones_own():
     state = kvjax.decode_until(MODEL, cache, logits, max_new_tokens=[4, 2], logprobs=2, sampler=WARM)
     first = jax.nn.log_softmax(logits, axis=-1)
     token = jnp.take_along_axis(first, state.cache.tokens[:, 3:4], axis=1)[:, 0]
-    np.testing.assert_allclose(state.noted.chosen[:, 3], token, atol=2e-5)
+    np.testing.assert_allclose(state.noted.chosen[:, 3], token, atol=NEAR)
     assert (state.noted.chosen[1, 5:] == 0).all() and (state.noted.ids[1, 5:] == -1).all(), "nothing after a row's last"

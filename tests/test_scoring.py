@@ -85,15 +85,6 @@ def test_log_probabilities_are_those_of_the_forward_pass(chunk):
     assert float(jnp.abs(first - again).max()) > 0.1
 
 
-@pytest.fixture
-def quickly():
-    """Every kind is a program of its own that runs for milliseconds: XLA need not optimise it."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name.replace(" ", "-")) for case in FIRST])
 def test_every_kind_scores_what_it_should(case, quickly):

@@ -215,7 +215,9 @@ def test_targets_end_at_strings_and_sequences_too():
         at = text.find(free.text[0][15:18])
         assert out.text[row] == (text[:at] if 0 <= at < n else text[: len(out.text[row])])
         np.testing.assert_array_equal(out.tokens[row, :n], free.tokens[row, :n])
-    assert out.stop[:2] == ["stop"] * 2 and (int(out.lengths[0]), int(out.lengths[1])) <= (18, 18)
+    pairs = [tuple(free.tokens[1, i : i + 4].tolist()) for i in range(STEPS - 3)]
+    ends = [free.text[0].find(free.text[0][15:18]) + 3, pairs.index(sequence) + 4]
+    assert out.stop[:2] == ["stop"] * 2 and out.lengths[:2].tolist() == ends
     stream = kvjax.stream(lm, PROMPTS, sampler=WARM, seed=[1, 2, 3], max_new_tokens=STEPS, stop=[free.text[0][15:18]])
     assert "".join(piece.text for piece in stream if piece.row == 0) == out.text[0]
 

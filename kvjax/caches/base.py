@@ -23,7 +23,7 @@ from kvjax.caches.contract import (
 )
 from kvjax.caches.flags import CAPACITY, PAGES, REWIND, ROWS, ask, meaning
 from kvjax.caches.opened import SOURCE, OpenCache
-from kvjax.checks import is_concrete, whole
+from kvjax.checks import count, is_concrete, whole
 from kvjax.errors import CacheError
 from kvjax.ops.attention import EMPTY
 from kvjax.types import Array
@@ -308,8 +308,7 @@ class Cache(struct.Value):
         Raises:
             CacheError: `copies` is no whole number of at least 1.
         """
-        if not isinstance(copies, int) or isinstance(copies, bool) or copies < 1:
-            raise CacheError(f"fork: copies must be a whole number of at least 1, not {copies!r}")
+        count("fork: copies", copies, error=CacheError)
         every = np.repeat(np.arange(self.batch, dtype=np.int32), copies)
         return self._rows(every, "take", lambda entry, rows: entry.fork(rows, copies))
 

@@ -8,7 +8,7 @@ import numpy as np
 from kvjax.caches.base import SOURCE, Cache
 from kvjax.caches.prefixes import Prefix
 from kvjax.caches.shared_prefix import SharedPrefix, SharedPrefixKind, fit
-from kvjax.checks import is_concrete
+from kvjax.checks import count, is_concrete
 from kvjax.errors import CacheError, InputError
 
 ROOM = 64
@@ -99,9 +99,7 @@ def branched(cache: Cache, copies: int, *, room: int = ROOM) -> Cache:
         CacheError: a layer's kind sees more than its own tokens.
         InputError: `copies` or `room` is no whole number of at least 1.
     """
-    for name, number in (("copies", copies), ("room", room)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise InputError(f"branched: {name} must be a whole number of at least 1, not {number!r}")
+    count("branched: copies", copies), count("branched: room", room)
     if not cache.branches:
         kinds = [type(node).__name__ for node in cache.layers if not node.branches]
         raise CacheError(f"branched: {kinds[0]} sees more than its own tokens, and cannot go on from what rows share")
@@ -117,4 +115,9 @@ def branched(cache: Cache, copies: int, *, room: int = ROOM) -> Cache:
     return after(cache, own)
 
 
-__all__ = ["ROOM", "room_after", "after", "before", "branched"]
+def repeated(cache: Cache, copies: int, *, room: int = ROOM) -> Cache:
+    """Every row `copies` times: `branched` where the kinds can, else `Cache.fork`."""
+    return branched(cache, copies, room=room) if cache.branches else cache.fork(copies)
+
+
+__all__ = ["ROOM", "room_after", "after", "before", "branched", "repeated"]

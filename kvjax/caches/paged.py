@@ -18,8 +18,7 @@ from kvjax import struct
 from kvjax.caches import codecs
 from kvjax.caches.base import Kind, LayerShape, Node, Project, Span, is_concrete, views_of
 from kvjax.caches.pages import Pages
-from kvjax.checks import either
-from kvjax.errors import InputError
+from kvjax.checks import count, either
 from kvjax.ops.attention import EMPTY, View
 from kvjax.types import Array
 
@@ -142,8 +141,7 @@ def paged(
         InputError: a number is less than 1.
     """
     for name, value in (("page_size", page_size), ("pages", 1 if pages is None else pages), ("share", share)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"caches.paged: {name} must be a whole number of at least 1, not {value!r}")
+        count(f"caches.paged: {name}", value)
     return PagedKind(page_size, pages, share, codecs.as_codec(store), either("caches.paged: rotated", rotated))
 
 

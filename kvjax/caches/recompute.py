@@ -11,6 +11,7 @@ from kvjax import struct
 from kvjax.caches import storage
 from kvjax.caches.base import Kind, LayerShape, Node, Project, Span
 from kvjax.caches.sinks import in_cache, past_sinks
+from kvjax.checks import count
 from kvjax.errors import CacheError, InputError
 from kvjax.ops.attention import EMPTY, View
 from kvjax.types import Array
@@ -88,8 +89,7 @@ def recompute(*, window: int | None = None, sinks: int = 0, sinks_in_cache: bool
     if sinks_in_cache and window is None:
         raise InputError("caches.recompute: sinks_in_cache needs a window, which window=None leaves out")
     for name, value, least in (("window", 1 if window is None else window, 1), ("sinks", sinks, int(sinks_in_cache))):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"caches.recompute: {name} must be a whole number of at least {least}, not {value!r}")
+        count(f"caches.recompute: {name}", value, least)
     return RecomputeKind(window, sinks, bool(sinks_in_cache))
 
 

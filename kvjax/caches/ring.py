@@ -15,8 +15,7 @@ from kvjax import struct
 from kvjax.caches import codecs
 from kvjax.caches.base import Kind, LayerShape, Node, Project, Span, views_of
 from kvjax.caches.sinks import SinksInCache
-from kvjax.checks import either
-from kvjax.errors import InputError
+from kvjax.checks import count, either
 from kvjax.ops.attention import EMPTY, View
 from kvjax.types import Array
 
@@ -159,8 +158,7 @@ def ring(
     rotated = either("caches.ring: rotated", rotated)
     in_cache = either("caches.ring: sinks_in_cache", sinks_in_cache)
     for name, value, least in (("window", window, 1), ("sinks", sinks, int(in_cache)), ("slack", slack, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"caches.ring: {name} must be a whole number of at least {least}, not {value!r}")
+        count(f"caches.ring: {name}", value, least)
     return RingKind(window, sinks, slack, codecs.as_codec(store), rotated, in_cache)
 
 

@@ -18,6 +18,7 @@ from kvjax import struct
 from kvjax.caches.base import Kind, LayerShape, Node, Project, Span
 from kvjax.caches.dense import dense
 from kvjax.caches.prefixes import Prefix, after_base, before_base
+from kvjax.checks import count
 from kvjax.errors import CacheError, InputError
 from kvjax.ops.attention import View
 from kvjax.types import Array
@@ -238,8 +239,7 @@ def shared_prefix(
         InputError: `suffix` or `prefix` is no kind, `slots` negative, or `share` less than 1.
     """
     for name, number, least in (("slots", slots, 0), ("share", 1 if share is None else share, 1)):
-        if not isinstance(number, int) or isinstance(number, bool) or number < least:
-            raise InputError(f"caches.shared_prefix: {name} must be a whole number of at least {least}, not {number!r}")
+        count(f"caches.shared_prefix: {name}", number, least)
     suffix, prefix = (dense() if kind is None else kind for kind in (suffix, prefix))
     for kind in (suffix, prefix):
         if not isinstance(kind, Kind):

@@ -15,13 +15,14 @@ import numpy as np
 from kvjax.caches.base import Cache
 from kvjax.caches.branches import ROOM, before
 from kvjax.caches.flags import meaning
+from kvjax.checks import count
 from kvjax.errors import CacheError, InputError
 from kvjax.loops import decode as loop
 from kvjax.loops.algorithms import Wanted, resized
 from kvjax.loops.noted import Noted
 from kvjax.loops.prompts import fed, padded
 from kvjax.loops.scoring import CHUNK, scored
-from kvjax.loops.search import DONATING, Beams, begin, numbers, owned, rule_of, whole_width
+from kvjax.loops.search import DONATING, Beams, begin, numbers, owned, rule_of
 from kvjax.model import Model
 from kvjax.types import Array
 
@@ -91,7 +92,7 @@ def beam(
     Raises:
         InputError: a number is no number or out of range, or something is no filter.
     """
-    whole_width(width)
+    count("beam: width", width)
     rule_of(early_stopping)
     if not isinstance(returned, int) or isinstance(returned, bool) or not 1 <= returned <= width:
         raise InputError(f"beam: returned must be a whole number from 1 to the width {width}, not {returned!r}")

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.caches.base import Cache
+from kvjax.caches.branches import repeated
 from kvjax.caches.cross import Source
-from kvjax.caching import branched, init_cache
+from kvjax.caching import init_cache
 from kvjax.loops import decode as loop
 from kvjax.loops.generated import Generated
 from kvjax.loops.noted import Noted
@@ -105,7 +106,7 @@ def _fed(
 def _branched(cache: Cache, logits: Array, samples: int, logprobs: int | None) -> loop.Progress:
     """Every row `samples` times, which share what is there if the kind can, and room for what is noted."""
     if samples > 1:
-        cache = branched(cache, samples) if cache.branches else cache.fork(samples)
+        cache = repeated(cache, samples)
         logits = jnp.repeat(logits, samples, axis=0)
     noted = None if logprobs is None else Noted.empty(cache.batch, cache.capacity, logprobs, logits)
     return loop.Progress.begin(cache, logits, noted=noted)

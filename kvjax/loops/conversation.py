@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvjax import sampling
+from kvjax.checks import count
 from kvjax.errors import CacheError, InputError
 from kvjax.lm import LM
 from kvjax.loops.generated import Generated, Timings
@@ -117,9 +118,9 @@ class Conversation:
                 "kvjax.generate does, or give a template"
             )
         template.check()
-        for name, value, least in (("keep", self.keep, 1), ("max_new_tokens", self.max_new_tokens, 1)):
-            if value is not None and (type(value) is not int or value < least):
-                raise InputError(f"Conversation: {name} must be a whole number of at least {least}, not {value!r}")
+        count("Conversation: keep", self.keep)
+        if self.max_new_tokens is not None:
+            count("Conversation: max_new_tokens", self.max_new_tokens)
         object.__setattr__(self, "template", template)
         object.__setattr__(self, "sampler", sampling.checked(self.sampler))
 

@@ -16,7 +16,7 @@ from jax import lax
 from kvjax import sampling, struct
 from kvjax.caches.base import Cache
 from kvjax.caches.flags import NAN, NO_TOKEN
-from kvjax.checks import array, bucket, is_concrete, whole
+from kvjax.checks import array, bucket, count, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.feed import feed, finish
 from kvjax.loops.noted import Noted
@@ -310,8 +310,7 @@ def decode_until(
     """
     check_logits("decode_until", cache, logits)
     for name, value, least in (("chunk", chunk, 1), ("logprobs", 0 if logprobs is None else logprobs, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"decode_until: {name} must be a whole number of at least {least}, not {value!r}")
+        count(f"decode_until: {name}", value, least)
     budget = jnp.asarray(whole("decode_until: max_new_tokens", max_new_tokens, ((), (cache.batch,))))
     most = jnp.iinfo(jnp.int32).max - cache.lengths  # "no limit" must not wrap around
     limits = cache.lengths + jnp.minimum(budget.astype(jnp.int32), most)

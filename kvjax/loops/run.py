@@ -14,7 +14,7 @@ import numpy as np
 from kvjax import sampling
 from kvjax.caches.base import SOURCE, Cache
 from kvjax.caching import encode as encoded
-from kvjax.checks import array
+from kvjax.checks import array, count
 from kvjax.config import Config
 from kvjax.errors import InputError
 from kvjax.lm import LM
@@ -38,7 +38,7 @@ from kvjax.loops.prompts import (
 from kvjax.loops.watch import Strings, Watch
 from kvjax.model import Model
 from kvjax.sampling.contract import id_list
-from kvjax.stopping import Stops, found, stops_of
+from kvjax.stopping import Stops, completed, stops_of
 from kvjax.timing import Compilations
 
 
@@ -330,11 +330,8 @@ def _agree(model: Model, **given: Any) -> None:
     if model.encode is not None and some("prefix"):
         raise InputError("generate: prefix is for models without an encoder; give what targets begin with as target")
     for name, least in (("samples", 1), ("every", 1), ("logprobs", 0)):
-        value = given[name]
-        if name == "logprobs" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"generate: {name} must be a whole number of at least {least}, not {value!r}")
+        if given[name] is not None:  # logprobs may be
+            count(f"generate: {name}", given[name], least)
 
 
 def _check_after(model: Model, after: Generated) -> None:
@@ -373,7 +370,7 @@ def _ended(made: list[int], stop_ids: tuple[int, ...], stops: Stops) -> str | No
     """How tokens that were made ended a row, or None."""
     if made and made[-1] in stop_ids:
         return "eos"
-    return "stop" if found(stops, made) else None
+    return "stop" if completed(stops.sequences, made) else None
 
 
 __all__ = ["Run", "Given"]

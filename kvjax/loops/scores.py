@@ -16,7 +16,7 @@ from kvjax.caches.cross import Source
 from kvjax.caches.flags import meaning
 from kvjax.caching import encode as encoded
 from kvjax.caching import init_cache
-from kvjax.checks import bucket
+from kvjax.checks import bucket, count
 from kvjax.errors import CacheError, InputError
 from kvjax.lm import LM
 from kvjax.loops import decode as loop
@@ -126,8 +126,7 @@ def score(
     if cross is not None and model.encode is None:
         raise InputError("score: cross is for models with an encoder, and this one has none")
     for name, value, least in (("logprobs", logprobs, 0), ("batch", batch, 1), ("chunk", chunk, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"score: {name} must be a whole number of at least {least}, not {value!r}")
+        count(f"score: {name}", value, least)
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     ids = encode(lm, given, "score")
     sources = None if model.encode is None else ids

@@ -15,8 +15,7 @@ from jax import lax
 from kvjax import struct
 from kvjax.caches.base import Cache
 from kvjax.caches.flags import COUNT, TOKEN
-from kvjax.checks import is_concrete
-from kvjax.errors import InputError
+from kvjax.checks import count, is_concrete
 from kvjax.loops import decode as loop
 from kvjax.loops.feed import feed, finish
 from kvjax.model import Model, check_ids
@@ -79,8 +78,7 @@ def loglikelihood(
     """
     loop.check_logits("loglikelihood", cache, logits)
     for name, value, least in (("best", best, 0), ("chunk", chunk, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"loglikelihood: {name} must be a whole number of at least {least}, not {value!r}")
+        count(f"loglikelihood: {name}", value, least)
     tokens, valid = loop.check_tokens("loglikelihood", model, cache, tokens, valid)
     if is_concrete(logits):
         check_ids("loglikelihood", logits.shape[1], tokens, valid)

@@ -17,9 +17,9 @@ from jax import lax
 
 from kvjax import struct
 from kvjax.caches.base import Cache
-from kvjax.caches.branches import ROOM, branched
+from kvjax.caches.branches import ROOM, repeated
 from kvjax.caches.flags import NO_TOKEN
-from kvjax.checks import is_concrete, whole
+from kvjax.checks import count, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops import decode as loop
 from kvjax.loops.feed import feed, finish
@@ -86,7 +86,7 @@ class Beams(struct.Value):
         most = jnp.iinfo(jnp.int32).max - cache.lengths  # "no limit" must not wrap around
         limits = cache.lengths + jnp.minimum(budget.astype(jnp.int32), most)
         given = cache.lengths, cache.lengths, limits, cache.lengths >= limits
-        return _begun(cache, logits, *given, width=whole_width(width), room=room)
+        return _begun(cache, logits, *given, width=count("beam: width", width), room=room)
 
     @property
     def reached(self) -> Array:
@@ -121,7 +121,7 @@ def begin(
     cache, rows = loop.flag_nan(cache, logits), (cache.batch, width)
     first = jnp.arange(width)[None, :] == 0
     none, some = jnp.zeros((), jnp.int32), jnp.where(first, 0, -jnp.inf)
-    many = branched(cache, width, room=room) if cache.branches else cache.fork(width)
+    many = repeated(cache, width, room=room)
     return Beams(
         many,
         jnp.repeat(logits, width, axis=0),
@@ -219,7 +219,7 @@ def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Stops
     cache, (b, w) = beams.cache, beams.running.shape
     v, minus = beams.logits.shape[-1], jnp.asarray(-jnp.inf, beams.running.dtype)
     rests = beams.done | (beams.reached >= beams.room)
-    count = beams.reached - beams.scored + 1  # [B], new tokens with this one
+    made = beams.reached - beams.scored + 1  # [B], new tokens with this one
     last = beams.reached + 1 >= beams.limits
     starts, limits = (jnp.repeat(x, w) for x in (beams.starts, beams.limits))
     text = Text(cache.tokens, cache.lengths, starts, limits, stops.ids, copies=w)
@@ -234,7 +234,7 @@ def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Stops
     best, which = lax.top_k(every, w)
     ended = ((which >= w) | last[:, None]) & ~rests[:, None]
     new = jnp.where(
-        ended & (best > minus), best / count.astype(minus.dtype)[:, None] ** penalty.astype(minus.dtype), minus
+        ended & (best > minus), best / made.astype(minus.dtype)[:, None] ** penalty.astype(minus.dtype), minus
     )
 
     # The W best of the old and the new finished texts.
@@ -250,7 +250,7 @@ def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Stops
 
     # What the best running beam may come to: a sum only falls, and where longer texts score higher, the longest may.
     power, longest = penalty.astype(minus.dtype), jnp.where((early == RULES["never"]) & (penalty > 0), beams.limits, 0)
-    length = jnp.maximum(count, longest - beams.scored).astype(minus.dtype)
+    length = jnp.maximum(made, longest - beams.scored).astype(minus.dtype)
     enough = (going[:, 0] / length**power <= scores[:, -1]) | ((early == RULES[True]) & (scores[:, -1] > minus))
     done = beams.done | (~rests & (last | enough))
     stuck = ~rests & jnp.isneginf(best[:, 0]) & jnp.isneginf(scores[:, 0])
@@ -279,17 +279,6 @@ def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Stops
 VALUE = jax.jit(_search, static_argnames="chunk")
 DONATING = jax.jit(_search, static_argnames="chunk", donate_argnums=1)
 """With the beams as a value, and with their buffers used up."""
-
-
-def whole_width(width: Any) -> int:
-    """`width` as it is.
-
-    Raises:
-        InputError: no whole number of at least 1.
-    """
-    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-        raise InputError(f"beam: width must be a whole number of at least 1, not {width!r}")
-    return width
 
 
 def owned(name: str, filters: Any) -> tuple[Any, ...]:
@@ -326,5 +315,5 @@ def numbers(penalty: Any, early: Any) -> tuple[Any, Any]:
     return (np if is_concrete(penalty) else jnp).asarray(penalty, dtype), np.int32(rule_of(early))
 
 
-__all__ = ["Beams", "beam_search", "begin", "DONATING", "VALUE", "whole_width", "owned", "rule_of"]
+__all__ = ["Beams", "beam_search", "begin", "DONATING", "VALUE", "owned", "rule_of"]
 __all__ += ["numbers"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import sampling
+from kvjax.caches.branches import repeated
 from kvjax.errors import InputError
 from kvjax.loops import decode as loop
 from kvjax.loops.algorithms import Wanted
@@ -78,7 +79,7 @@ class Drawn:
     def run(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
         """See `Algorithm`."""
         if self.copies > 1:
-            cache, logits = _forked(cache, logits, copies=self.copies)
+            cache, logits = _forked(cache, logits, copies=self.copies, steps=self.steps)
         return self.loop(model, cache, logits, seeds)
 
     def loop(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
@@ -173,9 +174,9 @@ class Ranked:
         return total / len(text) ** self.algorithm.length_penalty, max(top for _, top in found)
 
 
-@functools.partial(jax.jit, static_argnames="copies")
-def _forked(cache: Any, logits: Array, *, copies: int) -> tuple[Any, Array]:
-    return cache.fork(copies), jnp.repeat(logits, copies, axis=0)
+@functools.partial(jax.jit, static_argnames=("copies", "steps"))
+def _forked(cache: Any, logits: Array, *, copies: int, steps: int) -> tuple[Any, Array]:
+    return repeated(cache, copies, room=steps), jnp.repeat(logits, copies, axis=0)
 
 
 def _stops(algorithm: Until | Ranked) -> Any:
@@ -209,7 +210,7 @@ def sampled(
         sampler: a `sampling.chain(…)`, or a `sampling.greedy(…)` of filters; None for `chain(temperature(0.9))`.
         steps: new tokens a row.
         scan: in one scan, or in a loop of `kvjax.step`.
-        samples: rows of each prompt, which is prefilled once and forked.
+        samples: rows of each prompt, which is prefilled once and shared as `generate(samples=)` shares it.
         name: for people; None says what it does.
     """
     usual = "sampled" if scan else "sampled, steps"

@@ -25,6 +25,7 @@ from kvjax.caches.codecs.scaled import (
     without_gradient,
 )
 from kvjax.caches.codecs.store import Codec, Segment, Store
+from kvjax.checks import count
 from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY
 from kvjax.types import Array, DType
@@ -327,8 +328,7 @@ def int4_channels(group: int = 32, *, residual: int = 128, slack: int = 16) -> C
         InputError: `group` is less than 1, or another number negative.
     """
     for name, value, least in (("group", group, 1), ("residual", residual, 0), ("slack", slack, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"codecs.int4_channels: {name} must be a whole number of at least {least}, not {value!r}")
+        count(f"codecs.int4_channels: {name}", value, least)
     return ChannelGroups(group, residual, slack)
 
 
