@@ -14,6 +14,7 @@ from kvjax.lm import LM, load
 from kvjax.loops.beam import beam
 from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
+from kvjax.loops.edit import edit, sync
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
@@ -64,6 +65,7 @@ __all__ = [
     "decode_until",
     "decoder",
     "donating",
+    "edit",
     "forward",
     "generate",
     "init_cache",
@@ -80,5 +82,6 @@ __all__ = [
     "score",
     "step",
     "stream",
+    "sync",
     "testing",
 ]

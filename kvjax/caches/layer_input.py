@@ -47,7 +47,7 @@ class LayerInput(Node):
         return tuple(_projected(part, h, project, span) for part in kept), node
 
     def _slots(self, span: Span) -> Array:
-        return jnp.where(span.real(), span.order, self.capacity)
+        return jnp.where(span.kept(), span.order, self.capacity)
 
     def recorded(self, site: str) -> Any:
         """See `Node`."""
