@@ -73,7 +73,9 @@ def edit(
     stop = numeric.where((start < stop) | (valid > 0), stop, lengths)
     more = valid - (stop - start)
     text = _spliced(numeric, old, new, start, valid, more)
-    work = rework.plan(model, cache, start.astype(np.int32), (lengths + more).astype(np.int32))
+    ends = lengths + more
+    stop = numeric.where(more == 0, stop, ends)
+    work = rework.plan(model, cache, *(x.astype(np.int32) for x in (start, stop, ends)))
     return rework.run(model, cache.replace(flags=flags), text, work, _run)
 
 

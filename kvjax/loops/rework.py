@@ -15,7 +15,9 @@ from kvjax.checks import BUCKET, bucket, is_concrete
 from kvjax.config import Config
 from kvjax.errors import CacheError
 from kvjax.layers import Rotation, decoder_layer
+from kvjax.loops import cone as cones
 from kvjax.loops import decode as loop
+from kvjax.loops.cone import Cone, cone_of
 from kvjax.loops.feed import finish
 from kvjax.model import Model
 from kvjax.transformer import apply_decoder, embed, final_norm
@@ -33,15 +35,17 @@ class Work:
         start: `[B]` int32, where each row's text begins to differ.
         lengths: `[B]` int32, tokens that a row has in the end.
         first: `[L, B]` int32, the first position that each layer takes in.
-        fresh: `[L, B]` bool, where a layer has lost what came before: it is right only from a later position on.
         written: `[B]` int32, `Cache.written` in the end.
+        cone: what runs instead where no more can change; the last token is then fed again.
+        by_layer: whether layers begin at different positions.
     """
 
     start: Any
     lengths: Any
     first: Any
-    fresh: Any
     written: Any
+    cone: Cone | None
+    by_layer: bool
 
     @property
     def begin(self) -> Any:
@@ -52,6 +56,20 @@ class Work:
     def count(self) -> Any:
         """`[B]` int32, positions that are fed."""
         return self.lengths - self.begin
+
+    @property
+    def positions(self) -> Any:
+        """`[L, B]` int32, positions of each row that each layer runs."""
+        if self.cone is None:
+            return self.lengths - self.first
+        return np.maximum(self.cone.ends - self.start, 0) + (self.lengths > 0)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Of each layer, positions of a row that are computed: of the longest, and padding."""
+        if self.cone is None:
+            return (sum(cut(max(int(self.count.max()), 1))),) * len(self.first)
+        return tuple(size + 1 for size in self.cone.sizes)
 
 
 def own(model: Model) -> bool:
@@ -67,33 +85,38 @@ def least(cache: Cache) -> Any:
     return np.asarray(most) if is_concrete(most) else most
 
 
-def plan(model: Model, cache: Cache, start: Any, lengths: Any) -> Work:
-    """What must run again where texts differ from `start[B]` on and have `lengths[B]` tokens in the end.
+def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any) -> Work:
+    """What must run again where texts differ from `start[B]` on and have `lengths[B]` tokens in the end; up to
+    `stop[B]` where what follows is and stands as it was, else all that follows.
 
     From the last layer down: what a layer must give decides what it takes in, and that is what the one below must give.
     """
-    numeric: Any = np if is_concrete(lengths) and is_concrete(start) else jnp
+    host = is_concrete(lengths) and is_concrete(start)
+    numeric: Any = np if host else jnp
     floor = least(cache)
-    written: Any = np.asarray(cache.written) if numeric is np else cache.written
+    written: Any = np.asarray(cache.written) if host else cache.written
     last = (lengths - 1).clip(0)
-    wanted, first, fresh, limited = last, [], [], []
+    wanted, first, anew = last, [], lengths >= 0
     for node in reversed(cache.layers):
         whole = wanted.clip(None, start)
         at = last if cache.replays else node.again(wanted, start, lengths, written, cache.shared)
         at = numeric.minimum(numeric.maximum(at, floor), lengths).astype(numeric.int32)
         first.append(at)
-        fresh.append((at < whole) | (at <= floor))
-        limited.append(node.max_rewind is not None)
+        if node.max_rewind is not None:  # else what was written does not matter to it
+            anew = anew & ((at < whole) | (at <= floor))
         wanted = at
-    at, new = numeric.stack(first[::-1]), numeric.stack(fresh[::-1])
-    anew = numeric.all(new | ~np.array(limited[::-1])[:, None], axis=0)
-    if not own(model) and not cache.replays:  # its layers cannot be run one by one
-        lost = numeric.any(at < start.clip(None, last), axis=0)
-        begin = numeric.where(lost, numeric.minimum(floor, lengths), at.min(0)).astype(numeric.int32)
-        at, new = numeric.broadcast_to(begin, at.shape), numeric.broadcast_to(begin <= floor, at.shape)
-        anew = begin <= floor
+    begins = numeric.stack(first[::-1])
+    by_layer = own(model) and not cache.replays
+    if not by_layer and not cache.replays:
+        lost = numeric.any(begins < start.clip(None, last), axis=0)
+        begin = numeric.where(lost, numeric.minimum(floor, lengths), begins.min(0)).astype(numeric.int32)
+        begins, anew = numeric.broadcast_to(begin, begins.shape), begin <= floor
+    by_layer &= bool((begins != begins.min(0)).any()) if host else cache.max_rewind is not None
     written = numeric.where(anew, lengths, numeric.maximum(written, lengths)).astype(numeric.int32)
-    return Work(start, lengths, at, new, written)
+    work = Work(start, lengths, begins, written, None, by_layer)
+    cone = cone_of(model, cache, start, stop, lengths) if host and own(model) else None
+    with_cone = dataclasses.replace(work, cone=cone)
+    return with_cone if sum(with_cone.columns) < sum(work.columns) else work
 
 
 def cut(count: int) -> list[int]:
@@ -109,10 +132,12 @@ def cut(count: int) -> list[int]:
 
 
 class Programs(NamedTuple):
-    """The compiled functions: one that feeds all layers alike, and one that feeds each from its own position on."""
+    """The compiled functions: one that feeds all layers alike, one that feeds each from its own on, and one that
+    runs a cone."""
 
     prefill: Any
     layers: Any
+    cone: Any
 
 
 def _layers(
@@ -160,8 +185,8 @@ def _moved_up(x: Array, by: Array) -> Array:
     return jnp.take_along_axis(x, jnp.minimum(at, x.shape[1] - 1)[:, :, None], axis=1)
 
 
-VALUE = Programs(loop.VALUE.prefill, jax.jit(_layers))
-DONATING = Programs(loop.DONATING.prefill, jax.jit(_layers, donate_argnums=1))
+VALUE = Programs(loop.VALUE.prefill, jax.jit(_layers), cones.VALUE)
+DONATING = Programs(loop.DONATING.prefill, jax.jit(_layers, donate_argnums=1), cones.DONATING)
 """With the cache as a value, and with its buffers used up."""
 
 
@@ -169,36 +194,46 @@ def run(model: Model, cache: Cache, text: Any, work: Work, programs: Programs) -
     """Goes back and feeds `text[B, T]` again as `work` says."""
     host = is_concrete(work.first)
     numeric: Any = np if host else jnp
-    by_layer = own(model) and not cache.replays
-    by_layer &= bool((work.first != work.begin).any()) if host else cache.max_rewind is not None
-    begin, count = work.begin, work.count
-    keep = numeric.minimum(work.start, work.lengths) if by_layer else begin
-    if cache.replays:  # it reads the text, not what it has kept
-        keep = numeric.minimum(work.start, begin)
     cache = cache.replace(tokens=jnp.asarray(text))
+    if work.cone is not None:
+        return _last(model, cones.run(model, cache, work.start, work.cone, programs.cone), work, programs)
+    begin, count = work.begin, work.count
+    keep = numeric.minimum(work.start, work.lengths if work.by_layer else begin)
     cache, refused = _back(cache, keep, begin, count)
     count = numeric.where(refused, 0, count)
     extra: tuple[Any, ...] = ()
-    if by_layer:
-        since = numeric.stack(
-            [
-                new if node.max_rewind is not None else work.start
-                for new, node in zip(work.first, cache.layers, strict=True)
-            ]
-        )
-        extra = (work.first, since, work.start)
+    if work.by_layer:
+        pairs = zip(work.first, cache.layers, strict=True)
+        since = [new if node.max_rewind is not None else work.start for new, node in pairs]
+        extra = (work.first, numeric.stack(since), work.start)
     logits: Any = None
     done = 0
     for size in cut(max(int(count.max()), 1)) if host else [cache.capacity]:
         valid = (count - done).clip(0, size).astype(numeric.int32)
         at = (begin + done)[:, None] + np.arange(size, dtype=np.int32)[None, :]
         tokens = numeric.take_along_axis(text, at.clip(0, text.shape[1] - 1), axis=1)
-        call = programs.layers if by_layer else programs.prefill
+        call = programs.layers if work.by_layer else programs.prefill
         new, cache = call(model, cache, tokens, valid, *extra)
         kept = logits is not None and not (valid > 0).all()
         logits = jnp.where(valid[:, None] > 0, new, logits) if kept else new
         done += size
+    unknown = (count == 0) & (work.lengths > 0)
+    if not host or unknown.any():
+        logits = jnp.where(unknown[:, None], jnp.nan, logits)
     return logits, cache.replace(written=jnp.asarray(work.written))
+
+
+def _last(model: Model, cache: Cache, work: Work, programs: Programs) -> tuple[Array, Cache]:
+    """The last token fed again, for its logits; nothing is written."""
+    at = np.maximum(work.lengths - 1, least(cache)).astype(np.int32)
+    valid = np.minimum(work.lengths - at, work.lengths).clip(0).astype(np.int32)
+    tokens = np.take_along_axis(np.asarray(cache.tokens), at[:, None].clip(None, cache.capacity - 1), axis=1)
+    first = np.broadcast_to(at, (len(cache.layers), len(at)))
+    since = np.broadcast_to(work.lengths, first.shape).astype(np.int32)
+    again = cache.replace(lengths=jnp.asarray(at))
+    logits, cache = programs.layers(model, again, tokens, valid, first, since, work.lengths)
+    unknown = (valid == 0) & (work.lengths > 0)
+    return jnp.where(unknown[:, None], jnp.nan, logits) if unknown.any() else logits, cache
 
 
 def _back(cache: Cache, keep: Any, begin: Any, count: Any) -> tuple[Cache, Any]:
