@@ -156,6 +156,12 @@ class Node(struct.Value):
     """Whether the layer keeps nothing, so that every call must feed the whole text again."""
 
     @property
+    def patches(self) -> bool:
+        """Whether a piece in the middle can be computed anew, and the rest stays: it keeps every position in a place of
+        its own, and of the new ones what `Span.kept` says."""
+        return False
+
+    @property
     def max_rewind(self) -> int | None:
         """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
         parts = jax.tree.leaves(self, is_leaf=self._is_part)

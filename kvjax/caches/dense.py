@@ -30,6 +30,11 @@ class Dense(Node):
     capacity: int = struct.static()
     rotated: bool = struct.static()
 
+    @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.max_rewind is None
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Dense]:
         """See `Node`."""
         k, v = project.kv(h, span.positions if self.rotated else None)

@@ -36,6 +36,11 @@ class Paged(Node):
     v: Any
     rotated: bool = struct.static()
 
+    @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.max_rewind is None
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Paged]:
         """See `Node`."""
         pages = shared["pages"]

@@ -44,6 +44,11 @@ class SharedPrefix(Node):
         return self.suffix.max_rewind
 
     @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.suffix.patches
+
+    @property
     def sees(self) -> int | None:
         """See `Node`."""
         return self.suffix.sees

@@ -38,6 +38,11 @@ class Traced(Node):
         return self.inner.replays
 
     @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.inner.patches and self.max_rewind is None
+
+    @property
     def sees(self) -> int | None:
         """See `Node`."""
         return self.inner.sees

@@ -43,7 +43,7 @@ class Cone(NamedTuple):
 def cone_of(model: Model, cache: Cache, start: np.ndarray, stop: np.ndarray, lengths: np.ndarray) -> Cone | None:
     """What replacing `start:stop` of texts of `lengths` can change, `[B]` each and the model of the library's layers;
     None where a layer does not keep all that the others must see."""
-    if cache.replays or any(node.max_rewind is not None for node in cache.layers):
+    if cache.replays or not all(node.patches for node in cache.layers):
         return None
     until, columns = [stop.astype(np.int64)], [bucket(max(int((stop - start).max()), 1))]
     most = bucket(max(int((lengths - start).max()), 1))

@@ -103,7 +103,7 @@ def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any) -> Wor
         at = numeric.minimum(numeric.maximum(at, floor), lengths).astype(numeric.int32)
         first.append(at)
         if node.max_rewind is not None:  # else what was written does not matter to it
-            anew = anew & ((at < whole) | (at <= floor))
+            anew = anew & ((at != whole) | (at <= floor) | (whole < written - node.max_rewind - 1))
         wanted = at
     begins = numeric.stack(first[::-1])
     by_layer = own(model) and not cache.replays
@@ -116,7 +116,7 @@ def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any) -> Wor
     work = Work(start, lengths, begins, written, None, by_layer)
     cone = cone_of(model, cache, start, stop, lengths) if host and own(model) else None
     with_cone = dataclasses.replace(work, cone=cone)
-    return with_cone if sum(with_cone.columns) < sum(work.columns) else work
+    return with_cone if cone is not None and with_cone.positions.sum() < work.positions.sum() else work
 
 
 def cut(count: int) -> list[int]:
@@ -199,7 +199,7 @@ def run(model: Model, cache: Cache, text: Any, work: Work, programs: Programs) -
         return _last(model, cones.run(model, cache, work.start, work.cone, programs.cone), work, programs)
     begin, count = work.begin, work.count
     keep = numeric.minimum(work.start, work.lengths if work.by_layer else begin)
-    cache, refused = _back(cache, keep, begin, count)
+    cache, refused = _back(cache, keep, work)
     count = numeric.where(refused, 0, count)
     extra: tuple[Any, ...] = ()
     if work.by_layer:
@@ -236,28 +236,31 @@ def _last(model: Model, cache: Cache, work: Work, programs: Programs) -> tuple[A
     return jnp.where(unknown[:, None], jnp.nan, logits) if unknown.any() else logits, cache
 
 
-def _back(cache: Cache, keep: Any, begin: Any, count: Any) -> tuple[Cache, Any]:
-    """The cache with what layers share rewound to `keep[B]`, and at `begin[B]`; and which rows were refused.
+def _back(cache: Cache, keep: Any, work: Work) -> tuple[Cache, Any]:
+    """The cache at the position that is fed first, each layer rewound to what it takes in first, and what layers share
+    to `keep[B]`; and which rows were refused.
 
     Raises:
         CacheError: one was, or what layers share has no room for the rest, where this can be looked at.
     """
-    flags, shared, layers = cache.flags, cache.shared, cache.layers
+    begin, flags, shared = work.begin, cache.flags, cache.shared
     refused: Any = begin < 0
     if any(not entry.still for entry in shared.values()):
         to = jnp.asarray(keep)
-        shared, bits = ask(shared, lambda entry: entry.rewind(to), jnp.zeros_like(cache.flags))
-        layers = tuple(node.rewind(to, cache.shared, shared) for node in layers)
-        if is_concrete(bits) and is_concrete(count):
-            asked = Span(
-                jnp.asarray(begin), jnp.asarray(count), jnp.zeros((cache.batch, max(int(count.max()), 1)), jnp.int32)
-            )
+        shared, bits = ask(shared, lambda entry: entry.rewind(to), jnp.zeros_like(flags))
+        if is_concrete(bits) and is_concrete(begin):
+            room = jnp.zeros((cache.batch, max(int(work.count.max()), 1)), jnp.int32)
+            asked = Span(jnp.asarray(begin), jnp.asarray(work.count), room)
             bits = ask(shared, lambda entry: entry.reserve(asked), bits)[1]
             for row in np.flatnonzero(bits).tolist():
-                raise CacheError(f"edit: row {row} from {begin[row]} on: {meaning(int(bits[row]))}")
+                raise CacheError(f"edit: row {row} from {work.start[row]} on: {meaning(int(bits[row]))}")
         refused, flags = bits != 0, flags | bits
-        begin = jnp.where(refused, cache.lengths, begin)
-    return cache.replace(layers=layers, shared=shared, lengths=jnp.asarray(begin), flags=flags), refused
+    back: Any = work.first if work.by_layer else work.first[:1]
+    back = [jnp.where(refused, cache.lengths, x) if not is_concrete(x) else jnp.asarray(x) for x in back]
+    pairs = zip(cache.layers, back if work.by_layer else back * len(cache.layers), strict=True)
+    layers = tuple(node.rewind(at, cache.shared, shared) for node, at in pairs)
+    lengths = jnp.where(refused, cache.lengths, begin) if not is_concrete(begin) else jnp.asarray(begin)
+    return cache.replace(layers=layers, shared=shared, lengths=lengths, flags=flags), refused
 
 
 __all__ = ["Work", "Programs", "plan", "run", "cut", "own", "least", "VALUE", "DONATING"]
