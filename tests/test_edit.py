@@ -22,6 +22,7 @@ from kvjax.caches.base import Node
 from kvjax.caches.flags import CAPACITY, COUNT, REWIND
 from kvjax.caches.ring import Ring
 from kvjax.loops import cone, decode, edit, rework
+from kvjax.ops.positions import Learned
 from kvjax.testing import Case, edits
 from kvjax.testing.cases import bits
 from kvjax.timing import Compilations
@@ -65,11 +66,10 @@ def an_edit(start, stop, valid, seed=4):
 
 def planned(case, cache, each):
     """What an edit would run."""
-    same = each.valid == each.stop - each.start
-    lengths = (np.asarray(cache.lengths) - (each.stop - each.start) + each.valid).astype(np.int32)
-    idle = (each.start == each.stop) & (each.valid == 0)
-    start = np.where(idle, lengths, each.start).astype(np.int32)
-    return rework.plan(case.model, cache, start, np.where(same & ~idle, each.stop, lengths).astype(np.int32), lengths)
+    by = each.valid - (each.stop - each.start)
+    lengths = np.asarray(cache.lengths) + by
+    start = np.where((each.start == each.stop) & (each.valid == 0), lengths, each.start)
+    return rework.plan(case.model, cache, start, start + each.valid, lengths, by)
 
 
 def counted(case, cache, each):
@@ -197,6 +197,36 @@ def test_a_cone_runs_what_the_costs_say(recorded):
         want = costs.edit_positions(DEEP.windows, **numbers)
         assert ran[:, row].tolist() == list(want)
         assert sum(want) < 3 * (n - 3) and sum(costs.edit_positions((None,) * 3, **numbers)) == 3 * (n - 3)
+
+
+MOVED = (
+    WINDOWED_CASES[7],
+    WINDOWED_CASES[4],
+    Case("hybrid of keys un-rotated", caches.hybrid(caches.dense(rotated=False)), DEEP),
+    WINDOWED_CASES[-1],
+)
+
+
+@pytest.mark.parametrize(
+    "case", [MOVED[0], *(pytest.param(case, marks=FULL_ONLY) for case in MOVED[1:])], ids=lambda case: case.name
+)
+def test_what_follows_moves_where_it_does_not_depend_on_its_place(case):
+    texts, cache = text(case)
+    for each in (an_edit([20, 3, 3], [20, 8, 4], [3, 1, 1]), an_edit([2, 30, 10], [9, 30, 10], [0, 2, 0])):
+        work = planned(case, cache, each)
+        assert work.cone is not None and work.cone.by is not None
+        logits, after = kvjax.edit(case.model, cache, *each)
+        edits.as_fresh(case, np.asarray(logits), after.check(), each.of(texts))
+        for row, n in enumerate(LENGTHS.tolist()):
+            numbers = {name: int(getattr(each, name)[row]) for name in ("start", "stop")}
+            sites = {"recorded": case in MOVED[1:3], "shown": case is MOVED[2]}
+            want = costs.edit_positions(
+                case.config.windows, length=n, new=int(each.valid[row]), moved=True, **numbers, **sites
+            )
+            assert work.positions[:, row].tolist() == list(want)
+    turned, learned = WINDOWED_CASES[0], dataclasses.replace(DEEP, positions=Learned(96))
+    for other in (turned, Case("learned", caches.dense(rotated=False), learned)):
+        assert planned(other, text(other)[1], an_edit(3, 3, 1)).cone is None
 
 
 # ---------------------------------------------------------------- negative controls

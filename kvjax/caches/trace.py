@@ -51,6 +51,11 @@ class Traced(Node):
         """See `Node`. What is shown from the change on is recorded, wanted or not."""
         return self.inner.again(wanted.clip(None, start), start, lengths, written, shared)
 
+    @property
+    def shifts(self) -> bool:
+        """See `Node`."""
+        return self.inner.shifts
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Traced]:
         """See `Node`."""
         views, inner = self.inner.extend(h, project, span, shared)
