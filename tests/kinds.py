@@ -10,7 +10,7 @@ from models import FULL, GEMMA, LEARNED, MIXED, POST, POSTNORM, RELATIVE, WINDOW
 
 from kvjax import caches, codecs, testing
 from kvjax.caches import plans
-from kvjax.testing import contract, moves, programs, promises, sources
+from kvjax.testing import contract, edits, moves, programs, promises, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,12 @@ def of_sources() -> list[Case]:
     return [case for kind in caches.CROSS_KINDS for case in CROSS_TABLE[kind]]
 
 
-COSTLY = {moves.vmap: ("ring",), moves.gradients: ("ring",), contract.sharded: ()}
+COSTLY = {
+    moves.vmap: ("ring",),
+    moves.gradients: ("ring",),
+    contract.sharded: (),
+    edits.edits: ("ring", "paged and shared"),
+}
 """Checks that compile much run by default on these cases, and on the others in the full suite."""
 
 
