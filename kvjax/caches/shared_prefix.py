@@ -43,6 +43,22 @@ class SharedPrefix(Node):
         """That of the suffix; `Prefix` refuses what goes beyond it."""
         return self.suffix.max_rewind
 
+    @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.suffix.patches
+
+    @property
+    def sees(self) -> int | None:
+        """See `Node`."""
+        return self.suffix.sees
+
+    def again(self, wanted: Any, start: Any, lengths: Any, written: Any, shared: Any) -> Any:
+        """See `Node`; the prefix is never fed again."""
+        common = shared["prefix"]
+        own = (x - common.base for x in (wanted, start, lengths, written))
+        return self.suffix.again(*own, common.suffix) + common.base
+
     def onward(self, kind: Any, shared: Any) -> tuple[Any, Any, dict[str, Any]]:
         """See `Node`."""
         return self.suffix, kind.suffix, shared["prefix"].suffix
