@@ -39,6 +39,8 @@ class LayerInput(Node):
     capacity: int = struct.static()
     chained: bool = struct.static()
 
+    splices = True
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         """See `Node`. All that is kept is projected, the new tokens too: what attention reads does not depend on how
         the text was split into calls."""

@@ -9,6 +9,7 @@ capacity=512)`, or `kvjax.branched(cache, 4)`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,11 @@ class SharedPrefix(Node):
     def max_rewind(self) -> int | None:  # type: ignore[override]
         """That of the suffix; `Prefix` refuses what goes beyond it."""
         return self.suffix.max_rewind
+
+    @property
+    def splices(self) -> bool:  # type: ignore[override]
+        """That of the suffix; `Prefix` refuses what lies before it."""
+        return self.suffix.splices
 
     def onward(self, kind: Any, shared: Any) -> tuple[Any, Any, dict[str, Any]]:
         """See `Node`."""
@@ -117,6 +123,11 @@ class SharedPrefix(Node):
         common = shared["prefix"]
         there, here = source - common.base[:, None], before_base(target, common.base)
         return self.replace(suffix=self.suffix.move(there, here, common.suffix))
+
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> SharedPrefix:
+        """See `Node`."""
+        common = shared["prefix"]
+        return self.replace(suffix=self.suffix.turn(before_base(places, common.base), by, common.suffix))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`. A prefix is repeated for each of its rows."""
