@@ -1,9 +1,10 @@
-"""Promise: an approximate edit is exact where it can be, says how far it is off elsewhere, and loses no book-keeping."""
+"""Promise: an approximate edit is exact where it can be, says how far it is off elsewhere, and keeps its books."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from models import (
     ONE_LAYER,
     ONE_LAYER_WINDOWED,
     RELATIVE,
+    VOCAB,
     fed,
     filled,
     prompt_ids,
@@ -57,7 +59,15 @@ PLANS = {
     "prefix": caches.shared_prefix(),
     "recompute": caches.recompute(),
 }
-SOME = ["dense", "un-rotated", full("paged"), full("layer input"), full("hybrid"), full("prefix"), full("recompute")]
+SOME = [
+    "dense",
+    full("un-rotated"),
+    full("paged"),
+    full("layer input"),
+    full("hybrid"),
+    full("prefix"),
+    full("recompute"),
+]
 
 
 @functools.cache
@@ -108,11 +118,15 @@ def test_where_keys_and_values_know_their_own_token_alone_it_is_exact(name):
     assert max(off(model, after[row], [*ids_after(before, row), (3, 5, 9)[row]]) for row in range(3)) < EXACT
 
 
-def test_keys_left_turned_to_where_they_stood_are_off_unless_they_are_kept_un_turned():
+def test_keys_left_turned_to_where_they_stood_are_off():
     model, before = text(PLANS["dense"])
     result = edited(PLANS["dense"], rerotate=False)
     assert min(errors(result, model, before)) > FAR and min(result.divergence(model).kl[:2]) > FAR
-    bare = text(PLANS["un-rotated"])[1]
+
+
+@pytest.mark.full
+def test_keys_that_are_kept_un_turned_are_left_as_they_are():
+    model, bare = text(PLANS["un-rotated"])
     kept = approximate.splice(model, bare, START, STOP, NEW, VALID, rerotate=False)
     assert bits(kept) == bits(edited(PLANS["un-rotated"]))
 
@@ -120,11 +134,10 @@ def test_keys_left_turned_to_where_they_stood_are_off_unless_they_are_kept_un_tu
 @pytest.mark.parametrize(
     "config, plan",
     [
-        (dataclasses.replace(ONE_LAYER, positions=Rope(100.0, YarnScaling(4.0, 16))), caches.dense()),
+        full(dataclasses.replace(ONE_LAYER, positions=Rope(100.0, YarnScaling(4.0, 16))), caches.dense()),
         full(ONE_LAYER_WINDOWED, caches.dense()),
-        full(ONE_LAYER_WINDOWED, caches.paged(8)),
     ],
-    ids=["yarn", "window", "window of pages"],
+    ids=["yarn", "window"],
 )
 def test_other_rotations_and_masks_are_right_too(config, plan):
     model, before = text(plan, config)
@@ -140,7 +153,7 @@ def test_a_scaling_that_stretches_keys_is_not_applied_twice():
     assert np.abs(np.asarray(twice) - np.asarray(want)).max() > 0.1
 
 
-@pytest.mark.parametrize("store, near", [(codecs.int8(), 0.02), full(jnp.bfloat16, 0.02), full(codecs.fp8(), 0.2)])
+@pytest.mark.parametrize("store, near", [full(codecs.int8(), 0.02), full(codecs.fp8(), 0.2)])
 def test_codes_are_decoded_turned_and_coded_again(store, near):
     plan = caches.dense(store=store)
     model, before = text(plan)
@@ -150,31 +163,28 @@ def test_codes_are_decoded_turned_and_coded_again(store, near):
 
 
 def test_what_stands_before_stays_bitwise_and_what_does_not_move_too():
-    model, before = text(PLANS["dense"], FULL)
+    model, before = text(PLANS["dense"])
     at = np.array([3, 3, 0])
     same_length = approximate.splice(model, before, at, at + [2, 2, 1], [[1, 2], [3, 4], [5, 0]], [2, 2, 1]).cache
-    for cache, start in ((edited(PLANS["dense"], FULL).cache, START), (same_length, at)):
+    for cache, start in ((edited(PLANS["dense"]).cache, START), (same_length, at)):
         for row, n in enumerate(start):
-            for layer in range(FULL.num_layers):
-                new, old = (np.asarray(x.keys(layer))[row, :, :n] for x in (cache, before))
-                assert new.tobytes() == old.tobytes()
+            new, old = (np.asarray(x.keys(0))[row, :, :n] for x in (cache, before))
+            assert new.tobytes() == old.tobytes()
     for of in ("keys", "values"):
-        new, old = (np.asarray(getattr(x, of)(1)) for x in (same_length, before))
+        new, old = (np.asarray(getattr(x, of)(0)) for x in (same_length, before))
         assert new[0, :, 5:15].tobytes() == old[0, :, 5:15].tobytes() and (new[0, :, 3:5] != old[0, :, 3:5]).any()
-    values = np.asarray(edited(PLANS["dense"], FULL).cache.values(1))
-    assert values[0, :, 6:16].tobytes() == np.asarray(before.values(1))[0, :, 5:15].tobytes(), "moved as stored"
+    values = np.asarray(edited(PLANS["dense"]).cache.values(0))
+    assert values[0, :, 6:16].tobytes() == np.asarray(before.values(0))[0, :, 5:15].tobytes(), "moved as stored"
 
 
 @pytest.mark.parametrize(
     "plan, config",
     [
-        (caches.dense(), MIXED),
-        full(caches.paged(4, share=2), MIXED),
-        full(caches.layer_input(), FULL),
+        (caches.dense(), FULL),
         full(caches.hybrid(), MIXED),
-        full(caches.dense(), LEARNED),
+        full(caches.paged(8), LEARNED),
     ],
-    ids=["dense", "paged", "layer input", "hybrid", "learned positions"],
+    ids=["dense", "hybrid", "pages and learned positions"],
 )
 def test_in_deeper_models_it_is_approximate_and_with_everything_refreshed_exact(plan, config):
     model, before = text(plan, config)
@@ -187,6 +197,7 @@ def test_in_deeper_models_it_is_approximate_and_with_everything_refreshed_exact(
     assert max(errors(some, model, before)) > FAR
 
 
+@pytest.mark.full
 def test_positions_in_the_stream_stay_in_keys_and_values():
     """Where nothing moves one layer is exact with learned positions too; what moves says that it stands elsewhere."""
     config = dataclasses.replace(LEARNED, num_layers=1, windows=())
@@ -196,10 +207,10 @@ def test_positions_in_the_stream_stay_in_keys_and_values():
     assert max(errors(edited(caches.dense(), config), model, before)) > FAR
 
 
-@pytest.mark.parametrize("cross", [caches.cross(), full(caches.encoder_output(absorb=True))], ids=str)
-def test_targets_of_an_encoder_are_edited_beside_their_source(cross):
+@pytest.mark.full
+def test_targets_of_an_encoder_are_edited_beside_their_source():
     config = dataclasses.replace(RELATIVE, num_layers=1, windows=())
-    case = Case("one layer", caches.dense(), config, cross=cross)
+    case = Case("one layer", caches.dense(), config)
     result = approximate.splice(case.model, case.filled()[1], START, STOP, NEW, VALID)
     found = result.divergence(case.model)
     assert np.asarray(found.logits)[:2].max() < EXACT * np.abs(np.asarray(result.logits)).max()
@@ -210,9 +221,14 @@ def test_targets_of_an_encoder_are_edited_beside_their_source(cross):
 # --- moves are gathers: TRAPS of compiled overlapping updates
 
 
-@pytest.mark.parametrize("plan", ["dense()", "dense(store=int8())", "paged(4)"])
-@pytest.mark.parametrize("heads, rows", [(1, 1), (2, 2)])
-@pytest.mark.parametrize("by", [1, -3])
+@pytest.mark.parametrize(
+    "plan, heads, rows, by",
+    [
+        (plan, *size, by) if (plan, *size, by) == ("dense(store=int8())", 2, 2, 1) else full(plan, *size, by)
+        for plan, size in itertools.product(["dense()", "dense(store=int8())", "paged(4)"], ((1, 1), (2, 2)))
+        for by in (1, -3)
+    ],
+)
 def test_compiled_moves_and_turns_are_those_of_plain_python(plan, heads, rows, by):
     kind, slots, rng = caches.parse(plan), 16, np.random.default_rng(1)
     shape = kvjax.caches.base.LayerShape(heads, 8, 8, jnp.float32)
@@ -249,6 +265,7 @@ def test_compiled_moves_and_turns_are_those_of_plain_python(plan, heads, rows, b
 # --- what is shared, flagged, refused
 
 
+@pytest.mark.full
 def test_rows_that_share_pages_or_a_prefix_are_not_changed_by_an_edit_of_one():
     model, before = text(PLANS["paged"])
     both = before.fork(2)
@@ -265,6 +282,7 @@ def test_rows_that_share_pages_or_a_prefix_are_not_changed_by_an_edit_of_one():
     assert np.asarray(result.divergence(model).logits).max() < EXACT * np.abs(np.asarray(result.logits)).max()
 
 
+@pytest.mark.full
 def test_what_rows_share_as_a_prefix_is_refused_and_what_follows_is_not():
     model = tiny(ONE_LAYER)
     _, prompt = kvjax.prefill(model, kvjax.init_cache(model, capacity=8), prompt_ids(0, 1)[:, :5])
@@ -287,10 +305,10 @@ def test_mistakes_are_errors_on_the_host():
             splice(start, stop, [1])
     with pytest.raises(CacheError, match=rf"row 0 would have {16 + CAPACITY} tokens, room for {CAPACITY}: resize"):
         splice(0, 0, np.zeros(CAPACITY, np.int32))
-    with pytest.raises(CacheError, match="row 0 would have 65 tokens, positions of the model 64"):
-        model, wide = text(caches.dense(), LEARNED)
-        approximate.splice(model, wide.resize(128), 0, 0, np.zeros(49, np.int32))
-    for wrong in ({"tokens": [[1, 2]]}, {"tokens": [1.5]}, {"tokens": [64]}, {"tokens": 3}, {"start": [1, 2]}):
+    short = model.replace(config=dataclasses.replace(model.config, max_positions=20))
+    with pytest.raises(CacheError, match="row 0 would have 21 tokens, positions of the model 20"):
+        approximate.splice(short, cache, 0, 0, [0] * 5)
+    for wrong in ({"tokens": [[1, 2]]}, {"tokens": [1.5]}, {"tokens": [VOCAB]}, {"tokens": 3}, {"start": [1, 2]}):
         with pytest.raises(InputError, match=f"splice: ({'|'.join(wrong)}|row 0 has id)"):
             splice(**{"start": 0, "stop": 1, "tokens": [1], **wrong})
     with pytest.raises(InputError, match="rerotate"):
@@ -305,33 +323,27 @@ def test_mistakes_are_errors_on_the_host():
     "plan", [caches.ring(6), caches.ring(6, sinks=2, sinks_in_cache=True), caches.dense(store=codecs.int4_channels())]
 )
 def test_kinds_that_do_not_keep_every_token_by_itself_are_refused_by_name(plan):
-    model = tiny(MIXED)
+    model, plans = tiny(FULL), (caches.dense(), plan)
     with pytest.raises(CacheError, match=r"layer 1 is kept by .*kvjax\.edit is exact"):
-        approximate.splice(model, kvjax.init_cache(model, (caches.dense(), plan, caches.dense()), batch=1), 0, 0, [1])
+        approximate.splice(model, kvjax.init_cache(model, plans, batch=1, capacity=8), 0, 0, [1])
 
 
 def test_under_jit_a_row_that_is_refused_is_flagged_and_stays_as_it_was():
-    model, cache = text(PLANS["dense"], dataclasses.replace(ONE_LAYER, max_positions=20))
-    tokens = np.arange(40)
-
-    @jax.jit
-    def run(cache, start, stop, valid):
-        return approximate.splice(model, cache, start, stop, jnp.tile(tokens, (3, 1)), valid)
-
-    found = run(cache, np.array([3, 2, 0]), np.array([5, 8, 1]), np.array([3, 1, 2]))
+    model, cache = text(PLANS["dense"])
+    cache, tokens = cache.resize(24), np.tile(np.arange(24), (3, 1))
+    short = model.replace(config=dataclasses.replace(model.config, max_positions=20))
+    run = jax.jit(functools.partial(approximate.splice, rerotate=True))
+    found = run(model, cache, np.array([3, 2, 0]), np.array([5, 8, 1]), tokens, np.array([3, 1, 2]))
     np.testing.assert_array_equal(found.cache.flags, [0, REWIND, 0])
     assert np.isnan(found.logits[1]).all() and np.isfinite(found.logits[::2]).all()
-    new, old = (jax.tree.map(np.asarray, c.take([1]).replace(flags=0)) for c in (found.cache, cache))
-    assert bits(new) == bits(old)
-    want = approximate.splice(
-        model, cache, np.array([3, 7, 0]), np.array([5, 7, 1]), np.tile(tokens, (3, 1)), [3, 0, 2]
-    )
-    np.testing.assert_allclose(found.logits[::2], want.logits[::2], atol=1e-4)
-    past = run(cache, np.array([3, 2, 0]), np.array([5, 3, 1]), np.array([7, 1, 40])).cache
-    np.testing.assert_array_equal(past.flags, [POSITIONS, 0, POSITIONS])
-    small = run(cache.resize(16), np.array([3, 2, 0]), np.array([5, 3, 1]), np.array([3, 1, 1])).cache
-    np.testing.assert_array_equal(small.flags, [FULL_FLAG, 0, 0])
-    np.testing.assert_array_equal(small.lengths, [16, 7, 1])
+    for row, ids in ((0, ids_after(cache, 0, new=tokens)), (2, [0, 1])):
+        assert off(model, found.logits[row], ids) < EXACT
+    of = lambda c: [np.asarray(c.keys(0))[1, :, :7], np.asarray(c.values(0))[1, :, :7], np.asarray(c.tokens)[1]]  # noqa: E731
+    assert bits(of(found.cache)) == bits(of(cache)) and bits(of(found.cache)) != bits(of(edited(PLANS["dense"]).cache))
+    assert found.cache.lengths.tolist() == [17, 7, 2]
+    many = np.array([3, 2, 0]), np.array([5, 3, 1]), tokens, np.array([11, 1, 24])
+    assert run(model, cache, *many).cache.flags.tolist() == [FULL_FLAG, 0, 0]
+    assert run(short, cache, *many).cache.flags.tolist() == [FULL_FLAG | POSITIONS, 0, POSITIONS]
 
 
 def test_other_places_tokens_and_numbers_of_them_compile_nothing():
@@ -346,9 +358,10 @@ def apply(params, config, cache, tokens, valid):
     x = params["embed"][tokens]
     q = (x @ params["q"])[:, :, None]
     y, cache = kvjax.attend(cache, 0, q=q, kv=(x[:, :, None], x[:, :, None]))
-    return x + y[:, :, 0], cache
+    return (x + y[:, :, 0]) @ params["embed"].T, cache
 
 
+@pytest.mark.full
 def test_keys_of_an_apply_of_ones_own_are_turned_by_nobody():
     draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)  # noqa: E731
     mine = kvjax.Model({"embed": draw(0, 50, 8), "q": draw(1, 8, 8)}, None, apply)
@@ -357,14 +370,14 @@ def test_keys_of_an_apply_of_ones_own_are_turned_by_nobody():
         found = approximate.splice(mine, cache, 2, 4, [9, 8, 7], **options).divergence(mine)
         assert float(found.logits[0]) < EXACT
     with pytest.raises(InputError, match="rerotate=False"):
-        approximate.splice(mine, kvjax.prefill(mine, kvjax.init_cache(mine), [[1, 2, 3]])[1], 0, 1, [])
+        approximate.splice(mine, kvjax.prefill(mine, kvjax.init_cache(mine, capacity=16), [[1, 2, 3]])[1], 0, 1, [])
 
 
 # --- context shift
 
 
 def test_a_shift_lets_a_text_go_on_past_its_capacity():
-    """Of one layer, so that what is generated afterwards is what follows the shortened text."""
+    """Of one layer, so that what comes afterwards is what follows the shortened text."""
     model = tiny(ONE_LAYER)
     logits, cache = fed(model, caches.dense(), np.array([CAPACITY, CAPACITY - 2, 20]))
     with pytest.raises(CacheError, match="do not fit"):
@@ -374,11 +387,13 @@ def test_a_shift_lets_a_text_go_on_past_its_capacity():
     more = prompt_ids(3, 3)
     after, longer = kvjax.prefill(model, shifted, more)
     longer.check()
+    late = []
     for row, (drop, keep) in enumerate(((24, 4), (24, 0), (10, 2))):
         ids = np.asarray(cache.tokens)[row, : int(cache.lengths[row])].tolist()
         ids = ids[:keep] + ids[keep + drop :]
         assert off(model, logits[row], ids) < EXACT and off(model, after[row], ids + more[row].tolist()) < EXACT
-        assert off(model, after[row], ids[1:] + more[row].tolist()) > FAR
+        late.append(off(model, after[row], ids[:-1] + more[row].tolist()))
+    assert max(late) > FAR
 
 
 @pytest.mark.parametrize("rotated", [True, False])
@@ -389,14 +404,10 @@ def test_repeated_shifts_drift_where_keys_are_kept_turned_and_nowhere_else(rotat
     for _ in range(shifts):
         cache = approximate.shift(model, cache, 1).cache
     after = np.asarray(cache.keys(0), np.float32)[:, :, :8]
-    if not rotated:
-        assert after.tobytes() == before.tobytes()
-        return
-    once = approximate.shift(model, fed(model, caches.dense(store=jnp.bfloat16), np.full(3, 48))[1], shifts).cache
-    exact = fed(model, caches.dense(), np.full(3, 48))[1]
-    exact = np.asarray(approximate.shift(model, exact, shifts).cache.keys(0))[:, :, :8]
-    error = lambda x: np.linalg.norm(x - exact) / np.linalg.norm(exact)  # noqa: E731
-    assert error(np.asarray(once.keys(0), np.float32)[:, :, :8]) < 4e-3 < 1e-2 < error(after)
+    assert (after.tobytes() == before.tobytes()) == (not rotated)
+    if rotated:
+        exact = np.asarray(model.config.turns[0].turn(before.swapaxes(1, 2), np.full((3, 8), -shifts)).swapaxes(1, 2))
+        assert 1e-2 < np.linalg.norm(after - exact) / np.linalg.norm(exact) < 0.1
 
 
 DRIFT = {"bfloat16": (0.3, 0.8, 4e-3), "int8()": (0.6, 1.8, 1.2e-2), "float32": (1e-6, 1e-4, 2e-5)}
@@ -408,13 +419,14 @@ def test_a_thousand_turns_by_one_ruin_what_one_turn_by_a_thousand_does_not(store
     keys = np.random.default_rng(0).normal(size=(1, 64, 1, 64)).astype(np.float32)
     found, (least, most, single) = drift.errors(store, keys), DRIFT[store]
     assert least < found["repeated"][-1] < most and found["once"][-1] < single
-    assert found["un-rotated"][-1] < found["once"].min() * 1.5 and (found["un-rotated"] == found["un-rotated"][0]).all()
+    np.testing.assert_allclose(found["un-rotated"], found["un-rotated"][0], rtol=1e-6)
+    assert found["un-rotated"][0] <= found["once"].min()
 
 
 # --- what it loses
 
 
-@pytest.mark.parametrize("edit", editing_page.EDITS)
+@pytest.mark.parametrize("edit", ["replace", full("insert"), full("delete")])
 def test_a_spliced_token_is_not_known_to_the_next_until_that_is_refreshed(edit):
     model, given = induction_model(), editing_page.texts(edit, rows=64)
     how = functools.partial(editing_page.copied, model, caches.dense(), given)
