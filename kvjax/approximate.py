@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.caches.base import Cache, Span
-from kvjax.caches.flags import CAPACITY, POSITIONS, REWIND, ask
+from kvjax.caches.flags import CAPACITY, COUNT, POSITIONS, REWIND, ask
 from kvjax.checks import bucket, either, is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import CacheError, InputError
@@ -117,8 +117,8 @@ def _splice(
 ) -> Approximated:
     # start, stop, valid [B], tokens [B, S]; in rows whose length changes, at most `moved` tokens follow `stop`
     had, by, columns = cache.lengths, valid - (stop - start), tokens.shape[1]
-    wrong = (start < _least(cache)) | (stop < start) | (stop > had) | (valid < 0) | (valid > columns)
-    flags = jnp.where(wrong, REWIND, 0) | jnp.where(had + by > cache.room, CAPACITY, 0)
+    flags = jnp.where((start < _least(cache)) | (stop < start) | (stop > had), REWIND, 0)
+    flags |= jnp.where((valid < 0) | (valid > columns), COUNT, 0) | jnp.where(had + by > cache.room, CAPACITY, 0)
     if model.max_positions is not None:
         flags |= jnp.where(had + by > model.max_positions, POSITIONS, 0)
     more = jnp.where(flags == 0, jnp.maximum(by, 0), 0)
@@ -194,7 +194,7 @@ REFRESH = jax.jit(_refresh, static_argnames="columns")
 
 
 def splice(
-    model: Model, cache: Cache, start: Any, stop: Any, tokens: Any, valid: Any = None, *, rerotate: bool = True
+    model: Model, cache: Cache, start: Any, stop: Any, tokens: Any = None, valid: Any = None, *, rerotate: bool = True
 ) -> Approximated:
     """Puts `tokens` in place of the text from `start` to `stop`, and computes these tokens only, and the last one.
 
@@ -210,9 +210,9 @@ def splice(
         model: any model. How an `apply` of one's own turns keys is not known: see `rerotate`.
         cache: stays usable. Of kinds that keep every token singly: dense, paged, layer inputs, traces of these, and
             what follows a shared prefix; with any codec but `int4_channels`.
-        start, stop: whole numbers, or one a row, 0 ≤ start ≤ stop ≤ the row's length. Equal: an insertion.
-        tokens: `[n]` for all rows, or `[B, n]` int32; n = 0 deletes.
-        valid: `[B]` int32, how many of a row's tokens are real; None is all.
+        start, stop: whole number, or one a row; 0 ≤ start ≤ stop ≤ the row's length. Equal: an insertion.
+        tokens: `[n]` for every row, or `[B, n]` int32, padded at the end; none, or None, deletes.
+        valid: `[B]` int32, how many of a row's tokens are real, or None for all.
         rerotate: False leaves moved keys turned to where they stood: for models that turn none it is right, for others
             another approximation. Keys that are kept un-turned, and layer inputs, need neither.
 
@@ -220,7 +220,8 @@ def splice(
         Logits `[B, V]` after each row's last token, and the cache.
 
     Raises:
-        InputError: shapes, dtypes or ids are wrong; an `apply` of one's own, and keys that would have to be turned.
+        InputError: shapes, dtypes or ids are wrong, `start` is negative or after `stop`; an `apply` of one's own, and
+            keys that would have to be turned.
         CacheError: a kind that cannot do it; a range outside the row, or inside a prefix that rows share; the text does
             not fit (under `jit` the row is flagged, stays as it was, and its logits are NaN).
     """
@@ -251,7 +252,7 @@ def shift(model: Model, cache: Cache, drop: Any, keep: Any = 0, *, rerotate: boo
         InputError, CacheError: as `splice`.
     """
     keep, drop = (_a_row(f"shift: {name}", x, cache.batch) for name, x in (("keep", keep), ("drop", drop)))
-    return splice(model, cache, keep, keep + drop, np.zeros((0,), np.int32), rerotate=rerotate)
+    return splice(model, cache, keep, keep + drop, rerotate=rerotate)
 
 
 def refresh(model: Model, cache: Cache, start: Any, count: Any) -> Approximated:
@@ -297,8 +298,8 @@ def _a_row(name: str, x: Any, batch: int) -> Any:
 
 def _new(model: Model, batch: int, tokens: Any, valid: Any) -> tuple[Any, Any]:
     """New tokens `[B, S]`, S a bucket where they can be looked at, and how many are real."""
-    if not isinstance(tokens, jax.Array) and not np.size(tokens):
-        tokens = np.asarray(tokens, np.int32)  # of an empty list NumPy makes floats
+    if not isinstance(tokens, jax.Array) and (tokens is None or not np.size(tokens)):
+        tokens = np.zeros(np.shape(tokens or ()) or (0,), np.int32)  # of an empty list NumPy makes floats
     tokens = whole("splice: tokens", tokens)
     if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and tokens.shape[0] != batch):
         raise InputError(f"splice: tokens has shape {list(tokens.shape)}, it must be [n] or [{batch}, n]")
@@ -323,10 +324,12 @@ def _check_inside(name: str, cache: Cache, start: np.ndarray, stop: np.ndarray) 
     for entry in cache.shared.values():
         least = np.maximum(least, np.asarray(entry.least))
     for row, (a, b, length, own) in enumerate(zip(start, stop, np.asarray(cache.lengths), least, strict=True)):
-        if not 0 <= a <= b <= length:
-            raise CacheError(f"{name}: row {row} has {length} tokens, not the range from {a} to {b}")
+        if not 0 <= a <= b:
+            raise InputError(f"{name}: row {row} has start {a}, it must lie between 0 and its stop {b}")
+        if b > length:
+            raise CacheError(f"{name}: row {row} has stop {b}, but the row has {length} tokens")
         if a < own:
-            raise CacheError(f"{name}: row {row} from {a} on, but its first {own} tokens are shared with other rows")
+            raise CacheError(f"{name}: row {row} from {a} on goes into what other rows share, its first {own} tokens")
 
 
 def _check_range(model: Model, cache: Cache, start: Any, stop: Any, valid: Any) -> int:

@@ -123,6 +123,7 @@ def plot(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
             axes.loglog(at, by["un-rotated"][at - 1], color=colour, linestyle=":", linewidth=1)
     for style, label in (("-", "turned at every shift"), ("--", "turned once"), (":", "kept un-turned")):
         axes.plot([], [], color="grey", linestyle=style, label=label)
+    axes.set_ylim(1e-8, 1e3)  # beyond 1 there is nothing left of a key; the table says how far it goes
     axes.set_xlabel("shifts by one position")
     axes.set_ylabel("relative error of the keys")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

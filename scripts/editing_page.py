@@ -146,9 +146,10 @@ keys.
 
 {drifted}
 
-What turns by less than half a step of the store is rounded back to where it was, so that errors add up in proportion to
-the shifts and not to their root, and codes whose steps grow with the number grow without end. So shift seldom and far
-(`shift(model, cache, drop)` turns every key once, whatever `drop` is), or keep keys as they are projected:
+The error grows with the number of shifts, not with its root: what turns by less than half a step of the store is
+rounded back to where it was, as slow pairs of channels are in bfloat16, and rounding to codes makes keys a little
+longer each time, without end. So shift seldom and far (`shift(model, cache, drop)` turns every key once, whatever
+`drop` is), or keep keys as they are projected:
 `caches.dense(rotated=False)`, `caches.paged(rotated=False)` and `caches.layer_input()` move them as they are.
 """
 
