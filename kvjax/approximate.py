@@ -299,7 +299,7 @@ def _a_row(name: str, x: Any, batch: int) -> Any:
 def _new(model: Model, batch: int, tokens: Any, valid: Any) -> tuple[Any, Any]:
     """New tokens `[B, S]`, S a bucket where they can be looked at, and how many are real."""
     if not isinstance(tokens, jax.Array) and (tokens is None or not np.size(tokens)):
-        tokens = np.zeros(np.shape(tokens or ()) or (0,), np.int32)  # of an empty list NumPy makes floats
+        tokens = np.zeros(np.shape([] if tokens is None else tokens), np.int32)  # of an empty list NumPy makes floats
     tokens = whole("splice: tokens", tokens)
     if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and tokens.shape[0] != batch):
         raise InputError(f"splice: tokens has shape {list(tokens.shape)}, it must be [n] or [{batch}, n]")

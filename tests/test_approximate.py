@@ -349,6 +349,13 @@ def test_under_jit_a_row_that_is_refused_is_flagged_and_stays_as_it_was():
     assert run(short, cache, *many).cache.flags.tolist() == [FULL_FLAG | POSITIONS, 0, POSITIONS]
 
 
+def test_nothing_new_may_be_said_in_any_way():
+    model, cache = text(PLANS["dense"])
+    none = [approximate.splice(model, cache, 0, 1, *x) for x in ((), ([],), (np.zeros((3, 0)),), ([[7]] * 3, [0] * 3))]
+    assert all(bits(x) == bits(none[0]) for x in none) and none[0].cache.lengths.tolist() == [15, 6, 0]
+    assert bits(approximate.shift(model, cache, 1)) == bits(none[0])
+
+
 def test_other_places_tokens_and_numbers_of_them_compile_nothing():
     model, cache = text(PLANS["dense"])
     edited(PLANS["dense"])
