@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from kvjax import caches, donating, sampling
+from kvjax import approximate, caches, donating, sampling
 from kvjax.caches import codecs
 from kvjax.caches.base import Cache
 from kvjax.caches.cross import Source
@@ -54,6 +54,7 @@ __all__ = [
     "Perplexity",
     "Scored",
     "Scores",
+    "approximate",
     "attend",
     "cross_attend",
     "encode",

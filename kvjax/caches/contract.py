@@ -89,6 +89,9 @@ class Node(struct.Value):
     replays = False
     """Whether the layer keeps nothing, so that every call must feed the whole text again."""
 
+    splices = False
+    """Whether what it keeps of tokens may be moved to any other places: `move` and `turn` (`kvjax.approximate`)."""
+
     @property
     def patches(self) -> bool:
         """Whether a piece in the middle can be computed anew, and the rest stays: it keeps every position in a place of
@@ -198,6 +201,11 @@ class Node(struct.Value):
         targets are dropped. The accepted path of a tree of drafts moves up so."""
         raise NotImplementedError
 
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> Any:
+        """Keys at `places[B, n]` in the order of feeding, if they are kept turned, are turned on: decoded, put through
+        `by([B, n, K, D])` and kept again; EMPTY places are dropped."""
+        return self
+
     def _parts(self, on_store: Callable[..., Any], on_node: Callable[..., Any], *others: Any) -> Any:
         """The same with every store and every inner node replaced by what a function makes of it."""
 
@@ -251,23 +259,12 @@ def filled_positions(capacity: int, end: Array) -> Array:
 
 def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: Any) -> tuple[View, ...]:
     """One view for each pair of segments that two stores of one codec gave; `static` are further fields of `View`."""
-    pairs = zip(keys, values, strict=True)
-    return tuple(
-        View(
-            k.data,
-            v.data,
-            k.positions,
-            k.scale,
-            v.scale,
-            k_zero=k.zero,
-            v_zero=v.zero,
-            visible=k.visible,
-            k_decode=k.decode,
-            v_decode=v.decode,
-            **static,
-        )
-        for k, v in pairs
-    )
+
+    def one(k: Segment, v: Segment) -> View:
+        more: dict[str, Any] = {"k_zero": k.zero, "v_zero": v.zero, "k_decode": k.decode, "v_decode": v.decode}
+        return View(k.data, v.data, k.positions, k.scale, v.scale, visible=k.visible, **more, **static)
+
+    return tuple(one(k, v) for k, v in zip(keys, values, strict=True))
 
 
 __all__ = ["LayerShape", "Span", "Tree", "Project", "Shared", "Node", "Kind", "filled_positions", "views_of"]

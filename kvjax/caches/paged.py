@@ -36,6 +36,8 @@ class Paged(Node):
     v: Any
     rotated: bool = struct.static()
 
+    splices = True
+
     @property
     def patches(self) -> bool:
         """See `Node`."""
@@ -93,6 +95,13 @@ class Paged(Node):
         """See `Node`."""
         (here, at), (there, to) = shared["pages"].place(source), shared["pages"].place(target)
         return self._stores(lambda store: store.move(at, to, (here, there)))
+
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> Paged:
+        """See `Node`."""
+        if not self.rotated:
+            return self
+        rows, slots = shared["pages"].place(places)
+        return self.replace(k=self.k.change(slots, by, rows))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`."""

@@ -9,6 +9,7 @@ capacity=512)`, or `kvjax.branched(cache, 4)`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,6 +59,11 @@ class SharedPrefix(Node):
         common = shared["prefix"]
         own = (x - common.base for x in (wanted, start, lengths, written))
         return self.suffix.again(*own, common.suffix) + common.base
+
+    @property
+    def splices(self) -> bool:  # type: ignore[override]
+        """That of the suffix; `Prefix` refuses what lies before it."""
+        return self.suffix.splices
 
     def onward(self, kind: Any, shared: Any) -> tuple[Any, Any, dict[str, Any]]:
         """See `Node`."""
@@ -139,6 +145,11 @@ class SharedPrefix(Node):
         common = shared["prefix"]
         there, here = source - common.base[:, None], before_base(target, common.base)
         return self.replace(suffix=self.suffix.move(there, here, common.suffix))
+
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> SharedPrefix:
+        """See `Node`."""
+        common = shared["prefix"]
+        return self.replace(suffix=self.suffix.turn(before_base(places, common.base), by, common.suffix))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`. A prefix is repeated for each of its rows."""

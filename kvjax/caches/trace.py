@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -51,6 +51,11 @@ class Traced(Node):
         """See `Node`. What is shown from the change on is recorded, wanted or not."""
         return self.inner.again(wanted.clip(None, start), start, lengths, written, shared)
 
+    @property
+    def splices(self) -> bool:  # type: ignore[override]
+        """That of the kind inside."""
+        return self.inner.splices
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Traced]:
         """See `Node`."""
         views, inner = self.inner.extend(h, project, span, shared)
@@ -89,6 +94,10 @@ class Traced(Node):
     def move(self, source: Array, target: Array, shared: Any) -> Traced:
         """See `Node`."""
         return self._parts(lambda store: store.move(source, target), lambda node: node.move(source, target, shared))
+
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> Traced:
+        """See `Node`."""
+        return self.replace(inner=self.inner.turn(places, by, shared))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`; of the kind inside."""
