@@ -14,12 +14,14 @@ from kvjax.lm import LM, load
 from kvjax.loops.beam import beam
 from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
+from kvjax.loops.drafters import draft_model, early_exit, prompt_lookup
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
 from kvjax.loops.scores import Scored, Scores, score
 from kvjax.loops.scoring import Likelihood, loglikelihood
 from kvjax.loops.search import Beams, beam_search
+from kvjax.loops.speculative import speculate
 from kvjax.loops.windows import Perplexity, perplexity
 from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
@@ -64,6 +66,8 @@ __all__ = [
     "decode_until",
     "decoder",
     "donating",
+    "draft_model",
+    "early_exit",
     "forward",
     "generate",
     "init_cache",
@@ -74,10 +78,12 @@ __all__ = [
     "loglikelihood",
     "perplexity",
     "prefill",
+    "prompt_lookup",
     "resume",
     "sampling",
     "save_cache",
     "score",
+    "speculate",
     "step",
     "stream",
     "testing",

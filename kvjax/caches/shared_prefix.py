@@ -51,7 +51,8 @@ class SharedPrefix(Node):
         """See `Node`."""
         common = shared["prefix"]
         prefix = None if self.prefix is None else self.prefix.word(kind.prefix, common.prefix)
-        return dataclasses.replace(kind, prefix=prefix, share=common.share)
+        suffix = self.suffix.word(kind.suffix, common.suffix)
+        return dataclasses.replace(kind, suffix=suffix, prefix=prefix, share=common.share)
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], SharedPrefix]:
         """See `Node`."""
@@ -111,6 +112,11 @@ class SharedPrefix(Node):
         """See `Node`."""
         joined = self.replace(suffix=self.suffix.join(other.suffix))
         return joined.replace(prefix=self.prefix.join(other.prefix)) if self.several and self.prefix else joined
+
+    def loosen(self, tokens: int, lengths: Array, shared: Any) -> SharedPrefix:
+        """See `Node`."""
+        common = shared["prefix"]
+        return self.replace(suffix=self.suffix.loosen(tokens, lengths - common.base, common.suffix))
 
     def move(self, source: Array, target: Array, shared: Any) -> SharedPrefix:
         """See `Node`."""

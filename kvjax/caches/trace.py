@@ -54,6 +54,11 @@ class Traced(Node):
         """See `Node`."""
         return self.sites[site] if site in self.sites else self.inner.recorded(site)
 
+    def word(self, kind: Any, shared: Any) -> Any:
+        """See `Node`."""
+        inner = getattr(kind, "inner", None)  # `output` has none to change
+        return kind if inner is None else dataclasses.replace(kind, inner=self.inner.word(inner, shared))
+
     def resize(self, capacity: int, shared: Any) -> Traced:
         """See `Node`."""
         grown = self._parts(lambda store: store.resize(capacity), lambda node: node.resize(capacity, shared))
