@@ -99,6 +99,12 @@ class Node(struct.Value):
         return False
 
     @property
+    def shifts(self) -> bool:
+        """Whether what it keeps of a token is the same wherever in the text that stands, if only distances matter to
+        the model: then `move` can make room in the middle, or close it."""
+        return False
+
+    @property
     def max_rewind(self) -> int | None:
         """How many tokens behind the furthest one written a row can be rewound exactly; None is any number."""
         parts = jax.tree.leaves(self, is_leaf=self._is_part)

@@ -38,6 +38,11 @@ class Dense(Node):
         """See `Node`."""
         return self.max_rewind is None
 
+    @property
+    def shifts(self) -> bool:
+        """See `Node`."""
+        return not self.rotated
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Dense]:
         """See `Node`."""
         k, v = project.kv(h, span.positions if self.rotated else None)

@@ -43,6 +43,11 @@ class Paged(Node):
         """See `Node`."""
         return self.max_rewind is None
 
+    @property
+    def shifts(self) -> bool:
+        """See `Node`."""
+        return not self.rotated
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Paged]:
         """See `Node`."""
         pages = shared["pages"]

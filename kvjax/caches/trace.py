@@ -56,6 +56,11 @@ class Traced(Node):
         """That of the kind inside."""
         return self.inner.splices
 
+    @property
+    def shifts(self) -> bool:
+        """See `Node`."""
+        return self.inner.shifts
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Traced]:
         """See `Node`."""
         views, inner = self.inner.extend(h, project, span, shared)

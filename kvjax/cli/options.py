@@ -129,9 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=_whole(1), default=1, metavar="N", help="texts, with seeds S, S + 1, … (default 1)")
     add("--logprobs", type=_whole(0), metavar="K", help="with --json: log-probabilities, also of the K most probable")
     drafts = generate.add_mutually_exclusive_group()
-    drafts.add_argument(
-        "--draft", metavar="MODEL", help="a smaller model drafts several tokens for each call"
-    )
+    drafts.add_argument("--draft", metavar="MODEL", help="a smaller model drafts several tokens for each call")
     what = "what followed the same N tokens earlier drafts (default 3)"
     drafts.add_argument("--lookup", type=_whole(1), nargs="?", const=3, metavar="N", help=what)
     drafts.add_argument("--early-exit", type=_whole(1), metavar="L", help="the model's own first L layers draft")
