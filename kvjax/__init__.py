@@ -15,6 +15,7 @@ from kvjax.loops.beam import beam
 from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
 from kvjax.loops.drafters import draft_model, early_exit, prompt_lookup
+from kvjax.loops.edit import edit, sync
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import generate, stream
 from kvjax.loops.resume import resume
@@ -69,6 +70,7 @@ __all__ = [
     "donating",
     "draft_model",
     "early_exit",
+    "edit",
     "forward",
     "generate",
     "init_cache",
@@ -87,5 +89,6 @@ __all__ = [
     "speculate",
     "step",
     "stream",
+    "sync",
     "testing",
 ]

@@ -11,7 +11,6 @@ from models import SAMPLER, STEPS, filled, prompt_ids
 
 import kvjax
 
-
 DRAFTING = kvjax.speculate(kvjax.prompt_lookup(), drafted=2)
 
 

@@ -33,10 +33,15 @@ class Dense(Node):
 
     splices = True
 
+    @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.max_rewind is None
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Dense]:
         """See `Node`."""
         k, v = project.kv(h, span.positions if self.rotated else None)
-        slots = jnp.where(span.real(), span.order, self.capacity)
+        slots = jnp.where(span.kept(), span.order, self.capacity)
         held = filled_positions(self.capacity, span.end)
         new_k, keys = self.k.extend(k, slots, span.order, held, span.end)
         new_v, values = self.v.extend(v, slots, span.order, held, span.end)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 
 from kvjax import struct
+from kvjax.caches.span import Span
 from kvjax.types import Array
-
-if TYPE_CHECKING:
-    from kvjax.caches.contract import Span
 
 
 class Shared(struct.Value):

@@ -41,6 +41,11 @@ class LayerInput(Node):
 
     splices = True
 
+    @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.max_rewind is None
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         """See `Node`. All that is kept is projected, the new tokens too: what attention reads does not depend on how
         the text was split into calls."""
@@ -49,7 +54,7 @@ class LayerInput(Node):
         return tuple(_projected(part, h, project, span) for part in kept), node
 
     def _slots(self, span: Span) -> Array:
-        return jnp.where(span.real(), span.order, self.capacity)
+        return jnp.where(span.kept(), span.order, self.capacity)
 
     def recorded(self, site: str) -> Any:
         """See `Node`."""

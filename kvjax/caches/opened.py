@@ -28,11 +28,13 @@ class OpenCache(struct.Value):
         layers: the nodes, one a layer.
         shared: what the layers have in common.
         span: the new tokens.
+        shown: the same for what layers show (`record`), where other ones change; None is `span`.
     """
 
     layers: Any
     shared: Any
     span: Span
+    shown: Span | None = None
 
     @property
     def positions(self) -> Array:
@@ -41,7 +43,7 @@ class OpenCache(struct.Value):
 
     def record(self, layer: int, site: str, x: Array) -> OpenCache:
         """Shows `x[B, S, M]` to the layer's node under a name."""
-        return self._with(layer, self.layers[layer].record(site, x, self.span))
+        return self._with(layer, self.layers[layer].record(site, x, self.shown or self.span))
 
     def attend(
         self,

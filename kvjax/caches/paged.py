@@ -38,11 +38,16 @@ class Paged(Node):
 
     splices = True
 
+    @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.max_rewind is None
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Paged]:
         """See `Node`."""
         pages = shared["pages"]
         k, v = project.kv(h, span.positions if self.rotated else None)
-        at, slots = pages.place(jnp.where(span.real(), span.order, EMPTY))
+        at, slots = pages.place(jnp.where(span.kept(), span.order, EMPTY))
         k, v = (store.write(x, slots, span.positions, at) for store, x in ((self.k, k), (self.v, v)))
         node = self.replace(k=k, v=v)
         held, end = pages.held(span.end), pages.ends(span.end)

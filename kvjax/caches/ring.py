@@ -49,6 +49,18 @@ class Ring(Node):
         """The slack."""
         return self.slack
 
+    @property
+    def sees(self) -> int | None:
+        """See `Node`."""
+        return None if self.sinks else self.window
+
+    def again(self, wanted: Any, start: Any, lengths: Any, written: Any, shared: Any) -> Any:
+        """See `Node`. What has been overwritten is fed again, and before it the windows of the first that is wanted."""
+        first = wanted.clip(None, start)
+        near = first >= written - self.slack - 1  # a query that is fed sees one position less than a window back
+        far = (wanted - (self.window - 1)).clip(None, lengths - self.size)
+        return first * near + far * ~near * ((far > self.sinks) & (start >= self.sinks))
+
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Ring]:
         """See `Node`."""
         k, v = project.kv(h, span.positions if self.rotated else None)
@@ -70,7 +82,7 @@ class Ring(Node):
 
     def _slots(self, span: Span) -> Array:
         order = span.order
-        kept = span.real() & ((order >= span.end[:, None] - self.size) | (order < self.sinks))
+        kept = span.kept() & ((order >= span.end[:, None] - self.size) | (order < self.sinks))
         return self.slots_of(jnp.where(kept, order, EMPTY))
 
     def slots_of(self, order: Array) -> Array:

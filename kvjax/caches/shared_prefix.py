@@ -45,6 +45,22 @@ class SharedPrefix(Node):
         return self.suffix.max_rewind
 
     @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.suffix.patches
+
+    @property
+    def sees(self) -> int | None:
+        """See `Node`."""
+        return self.suffix.sees
+
+    def again(self, wanted: Any, start: Any, lengths: Any, written: Any, shared: Any) -> Any:
+        """See `Node`; the prefix is never fed again."""
+        common = shared["prefix"]
+        own = (x - common.base for x in (wanted, start, lengths, written))
+        return self.suffix.again(*own, common.suffix) + common.base
+
+    @property
     def splices(self) -> bool:  # type: ignore[override]
         """That of the suffix; `Prefix` refuses what lies before it."""
         return self.suffix.splices

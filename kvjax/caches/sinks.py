@@ -48,7 +48,7 @@ class SinksInCache(Node):
         """See `Node`."""
         rotated = self.recent.rotated
         k, v = project.kv(h, span.positions if rotated else None)
-        slots = jnp.where(span.real(), span.order, self.sinks)  # later tokens have no slot
+        slots = jnp.where(span.kept(), span.order, self.sinks)  # later tokens have no slot
         node = self.replace(k=self.k.write(k, slots, span.positions), v=self.v.write(v, slots, span.positions))
         near, recent = self.recent.extend(h, project, span, shared)
         near = tuple(view.replace(positions=past_sinks(view.positions, self.sinks)) for view in near)

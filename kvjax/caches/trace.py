@@ -38,6 +38,20 @@ class Traced(Node):
         return self.inner.replays
 
     @property
+    def patches(self) -> bool:
+        """See `Node`."""
+        return self.inner.patches and self.max_rewind is None
+
+    @property
+    def sees(self) -> int | None:
+        """See `Node`."""
+        return self.inner.sees
+
+    def again(self, wanted: Any, start: Any, lengths: Any, written: Any, shared: Any) -> Any:
+        """See `Node`. What is shown from the change on is recorded, wanted or not."""
+        return self.inner.again(wanted.clip(None, start), start, lengths, written, shared)
+
+    @property
     def splices(self) -> bool:  # type: ignore[override]
         """That of the kind inside."""
         return self.inner.splices
@@ -51,7 +65,7 @@ class Traced(Node):
         """See `Node`."""
         inner, sites = self.inner.record(site, x, span), self.sites
         if site in sites:
-            slots = jnp.where(span.real(), span.order, self.capacity)
+            slots = jnp.where(span.kept(), span.order, self.capacity)
             sites = sites | {site: sites[site].write(x[:, :, None], slots, span.positions)}
         return self.replace(inner=inner, sites=sites)
 

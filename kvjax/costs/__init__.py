@@ -22,6 +22,7 @@ from kvjax.costs.clock import (
     step_seconds,
 )
 from kvjax.costs.counted import count_flops
+from kvjax.costs.edits import edit_flops, edit_positions
 from kvjax.costs.example import TEXTBOOK, Line, textbook
 from kvjax.costs.memory import (
     Stored,
@@ -87,6 +88,8 @@ __all__ = [
     "cross_reprojected_flops",
     "dense_nbytes",
     "edit_cone",
+    "edit_flops",
+    "edit_positions",
     "edit_share",
     "encoder_flops",
     "encoder_output_nbytes",

@@ -51,6 +51,9 @@ class Drafts(struct.Value):
 class Drafter(struct.Value):
     """Proposes tokens; derives from it and is a `struct.node`. Everything runs under `jit`, but `check` and `cost`."""
 
+    drawn = True
+    """Whether a sampler draws its drafts (`choose`)."""
+
     def check(self, model: Model, drafted: int) -> None:
         """Raises InputError where it cannot draft for a model."""
 
@@ -111,6 +114,8 @@ class Drafter(struct.Value):
 @struct.node
 class PromptLookup(Drafter):
     """See `prompt_lookup`."""
+
+    drawn = False
 
     ngram: int = struct.static()
     least: int = struct.static()

@@ -62,7 +62,7 @@ def _resume(
     x = embed(params, c, jnp.where(span.real(), tokens, 0), places)
     rotations, layers = Rotation.of_layers(params, c, places, x.dtype), []
     for i, node in enumerate(base.layers):
-        kept = _source(cache, i)
+        kept = source_of(cache, i)
 
         def run(x: Array, node: Any, i: int = i, kept: Any = kept) -> tuple[Array, Any]:
             x = x if kept is None else jnp.where(layer == i, given(kept), x)
@@ -80,7 +80,7 @@ def _resume(
     return logits[:, 0], done
 
 
-def _source(cache: Cache, layer: int) -> Any:
+def source_of(cache: Cache, layer: int) -> Any:
     """The store of a layer's input: as the layer kept it, or as the layer below showed it. None where neither did."""
     own = cache.layers[layer].recorded("below")
     if own is not None:
@@ -156,7 +156,7 @@ def _check_layer(layers: int, cache: Cache, layer: Array) -> None:
     if is_concrete(layer) and not 0 <= int(layer) < layers:
         raise InputError(f"resume: layer {int(layer)} is outside the model's 0 to {layers - 1}")
     for i in [int(layer)] if is_concrete(layer) else range(layers):
-        if _source(cache, i) is None:
+        if source_of(cache, i) is None:
             site, below = ("after_ffn", i - 1) if i else ("embedding", 0)
             raise CacheError(
                 f"resume: the input of layer {i} was not recorded: the cache has neither {site!r} of layer {below} nor "
@@ -207,4 +207,4 @@ def _padded(model: Model, cache: Cache, position: Array, patch: Any, size: int) 
     return numeric.pad(x.astype(dtype), ((0, 0), (0, size - n), (0, 0))), np.int32(n)
 
 
-__all__ = ["resume"]
+__all__ = ["resume", "source_of"]

@@ -13,7 +13,6 @@ import numpy as np
 
 from kvjax import costs
 from kvjax.caches.base import Cache
-from kvjax.caches.cross import Source
 from kvjax.caches.flags import meaning
 from kvjax.caching import encode
 from kvjax.errors import CacheError, InputError
@@ -94,13 +93,15 @@ class Speculate:
         most = max(DRAFTED) if self.drafted is None else self.drafted
         self.drafter.check(wanted.model, most)
         sampler = Filtered(wanted.filters, wanted.sampler) if wanted.filters else wanted.sampler
-        rejects = draws(sampler) and not self.same_tokens
+        rejects = self.drafter.drawn and draws(sampler) and not self.same_tokens
         source, own = None, self.drafter.encoder
         if own is not None:
             if wanted.sources is None:
                 raise InputError("draft_model: the draft attends to sources, which are known with prompts, not after=")
             source = encode(own, *padded(wanted.sources))
-        state = _begin(self.drafter, progress, source, drafted=most)
+        far = progress.cache.max_rewind
+        begin = _begin if far is None or far >= most else _begin_wider
+        state = begin(self.drafter, progress, source, drafted=most)
         return Speculating(
             state, wanted, self, sampler, rejects, wanted.limits, FIRST if self.drafted is None else most
         )
@@ -257,9 +258,9 @@ class Speculating:
         return cache.check(), logits, self.state.noted
 
 
-@functools.partial(jax.jit, static_argnames="drafted", donate_argnums=1)
-def _begin(drafter: Drafter, progress: Progress, source: Source | None, *, drafted: int) -> Speculation:
-    return verified.begin(drafter, progress, source, drafted)
+_begin_wider = jax.jit(verified.begin, static_argnames="drafted")
+_begin = jax.jit(verified.begin, static_argnames="drafted", donate_argnums=1)
+"""Where rings grow, and where the prompts' buffers can be used up."""
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

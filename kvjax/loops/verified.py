@@ -15,7 +15,7 @@ from kvjax.caches.cross import Source
 from kvjax.caches.flags import NAN, NO_TOKEN
 from kvjax.caches.loosening import loosened
 from kvjax.loops.decode import Progress, back_to, flag_nan, flag_none
-from kvjax.loops.drafters import Drafter, Drafts
+from kvjax.loops.drafters import Drafter
 from kvjax.loops.noted import Noted
 from kvjax.model import Model
 from kvjax.sampling import Text
@@ -23,6 +23,9 @@ from kvjax.sampling.drawing import chosen, drawn, noisy
 from kvjax.sampling.rejection import ACCEPT, DRAFT, accepts, probabilities, residual
 from kvjax.stopping import Stops
 from kvjax.types import Array
+
+drafted_with = probabilities
+"""What a draft was drawn with, `[B, V]` from its law: as exactly as the target's, or the law is another."""
 
 
 @struct.node
@@ -91,7 +94,7 @@ class Speculation(struct.Value):
         return jnp.minimum(self.cache.lengths + 1 + drafted, ends) > self.cache.room
 
 
-def begin(drafter: Drafter, progress: Progress, source: Source | None, drafted: int) -> Speculation:
+def begin(drafter: Drafter, progress: Progress, source: Source | None, *, drafted: int) -> Speculation:
     """From prefilled prompts; at most `drafted` drafts a call. Under `jit` only."""
     cache = loosened(flag_nan(progress.cache, progress.logits), drafted)
     starts = cache.lengths if progress.starts is None else jnp.asarray(progress.starts)
@@ -212,7 +215,11 @@ def _round(
     begun = active & (taken.flags == 0)
     walk = Walk(begun, state.pending, n, jnp.zeros_like(n), jnp.zeros_like(n), state.stopped, taken.flags, state.noted)
     last = jnp.full((cache.batch, 1), -1, jnp.int32)
-    laws = _laws(drafts, rejects)
+    laws = None
+    if rejects:
+        assert drafts.laws is not None, "of what was drawn"
+        laws = jnp.swapaxes(drafts.laws, 0, 1)
+        laws = jnp.concatenate([laws, jnp.zeros_like(laws[:1])])  # of no draft, and not looked at
     given = (
         jnp.arange(drafted + 1, dtype=jnp.int32),
         jnp.swapaxes(logits, 0, 1),
@@ -236,14 +243,6 @@ def _round(
             tally.drafting + (count > 0),
         ),
     )
-
-
-def _laws(drafts: Drafts, rejects: bool) -> Array | None:
-    """`[n + 1, B, V]`, those of the drafts, and one that is not looked at; None where drafts must be matched."""
-    if not rejects or drafts.laws is None:
-        return None
-    laws = jnp.swapaxes(drafts.laws, 0, 1)
-    return jnp.concatenate([laws, jnp.zeros_like(laws[:1])])
 
 
 @struct.node
@@ -290,7 +289,7 @@ def _look(
         same = has & (token == draft)
     else:
         own = sampler.law(logits, here)
-        p, q = probabilities(own), probabilities(law)
+        p, q = probabilities(own), drafted_with(law)
         coins = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, ACCEPT), dtype=p.dtype))(key)
         same = has & accepts(p, q, draft, coins)
         left = jnp.where(has[:, None], jnp.log(residual(p, q)).astype(own.dtype), own)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvjax.errors import KvjaxError
-from kvjax.testing import moves, programs, promises, sources
+from kvjax.testing import edits, moves, programs, promises, sources
 from kvjax.testing.cases import Case
+from kvjax.testing.drafts import same_with_drafts
 from kvjax.testing.sharded import sharded
 
 Check = Callable[[Case], object]
@@ -35,8 +36,10 @@ suite: list[Check] = [
     moves.jit_is_eager,
     programs.any_program,
     programs.bookkeeping,
+    edits.edits,
     promises.same_tokens,
     promises.scan_is_the_step_loop,
+    same_with_drafts,
     moves.vmap,
     sharded,
     moves.gradients,
