@@ -1,12 +1,13 @@
-"""What an edit costs: its time against a prefill of the whole text, over the ratio of FLOPs that `kvjax.costs` predicts.
+"""What an edit costs: its share of the time of a prefill, over the share of the FLOPs that `kvjax.costs` predicts.
 
     python benchmarks/editing.py
-    python benchmarks/editing.py --quick --no-save         # a small model and a short text, in seconds
+    python benchmarks/editing.py --quick --no-save         # a small model and a short text: only whether it runs
     python benchmarks/editing.py --tokens 4096 --window 256 --rounds 9
 
 Eight tokens in a text are replaced, inserted or deleted at 10, 50 and 90 % of it. Edits are exact (`kvjax.edit`, with
-the cache used up) in a model that sees everything, and in one with windows: dense, dense beside a trace, and a ring. Last,
-`kvjax.approximate.splice`, which computes the new tokens only. Rounds of prefill and edit alternate; times are medians.
+the cache used up) in a model that sees everything, and in one with windows: dense, dense beside a trace, and a ring.
+Last, `kvjax.approximate.splice`, which computes the new tokens only, so that what it reads takes longer than its FLOPs:
+there is no prediction. Rounds of prefill and edit alternate; times are medians.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class Edit(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A model, a plan, what is known of it, and how it is edited."""
+    """A model, a plan, how it is edited, and what `costs.edit_positions` must know of it."""
 
     name: str
     model: kvjax.Model
     plan: Any
     edit: Callable[..., Any]
-    known: dict[str, Any]
+    known: dict[str, Any] | None
 
 
 def edits(tokens: int) -> Iterator[Edit]:
@@ -70,31 +71,27 @@ def cases(config: Config, window: int) -> list[Case]:
         Case(f"window {window}", seen, caches.dense(), exact, {}),
         Case(f"window {window}, traced", seen, caches.hybrid(), exact, {"recorded": True, "shown": True}),
         Case(f"ring {window}", seen, caches.ring(window, slack=SLACK), exact, rings),
-        Case("spliced", wide, caches.dense(), approximate.splice, {}),
+        Case("spliced", wide, caches.dense(), approximate.splice, None),
     ]
 
 
-def predicted(case: Case, edit: Edit, slots: int) -> float:
-    """FLOPs of the edit over those of a prefill of the text."""
-    config, most = case.model.config, max(edit.length, edit.length - (edit.stop - edit.start) + edit.new)
-    if case.edit is approximate.splice:
-        positions = (edit.new + 1,) * config.num_layers
-    else:
-        own = edit._asdict()
-        del own["name"]
-        positions = costs.edit_positions(config.windows, **own, **case.known)
+def predicted(case: Case, edit: Edit, tokens: int) -> float | None:
+    """FLOPs of the edit over those of a prefill of `tokens`; None where nothing is predicted."""
+    if case.known is None:
+        return None
+    config, text = case.model.config, {name: value for name, value in edit._asdict().items() if name != "name"}
+    positions = costs.edit_positions(config.windows, **text, **case.known)
+    slots = whole = tokens
     if "rings" in case.known:  # a chunk reads the ring and itself
-        size = sum(case.known["rings"][0])
-        whole = costs.kv_flops(config, slots=size + most, queries=most)
-        return costs.edit_flops(config, positions, slots=size + max(positions)).contractions / whole.contractions
-    whole = costs.kv_flops(config, slots=slots, queries=most)
-    return costs.edit_flops(config, positions, slots=slots).contractions / whole.contractions
+        slots, whole = (sum(case.known["rings"][0]) + n for n in (max(positions), tokens))
+    prefill = costs.kv_flops(config, slots=whole, queries=tokens)
+    return costs.edit_flops(config, positions, slots=slots).contractions / prefill.contractions
 
 
-def seconds(run: Callable[[], Any]) -> float:
+def seconds(run: Callable[..., Any], *args: Any) -> float:
     """Of one run, to the end of it on the device."""
     began = time.perf_counter()
-    jax.block_until_ready(run())
+    jax.block_until_ready(run(*args))
     return time.perf_counter() - began
 
 
@@ -107,9 +104,8 @@ def measured(case: Case, edit: Edit, ids: np.ndarray, rounds: int) -> dict[str, 
     copy = lambda x: jax.block_until_ready(jax.tree.map(lambda a: a + 0, x))  # noqa: E731
     took: dict[str, list[float]] = {"prefill": [], "edit": []}
     for _ in range(rounds + 1):  # the first compiles
-        bare, full = copy(empty), copy(cache)
-        took["prefill"].append(seconds(lambda: kvjax.donating.prefill(case.model, bare, ids)))
-        took["edit"].append(seconds(lambda: case.edit(case.model, full, edit.start, edit.stop, new)))
+        took["prefill"].append(seconds(kvjax.donating.prefill, case.model, copy(empty), ids))
+        took["edit"].append(seconds(case.edit, case.model, copy(cache), edit.start, edit.stop, new))
     return {name: harness.median(times[1:]) for name, times in took.items()}
 
 
@@ -130,16 +126,19 @@ def main() -> None:
         a.layers, a.width, a.tokens, a.window, a.rounds = 2, 96, 256, 16, 3
     config = Config(32_000, a.layers, a.width, a.width // 48, a.width // 48, 48, 8 * a.width // 3)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, a.tokens)).astype(np.int32)
-    print(f"{'share of a prefill':36}{'ms':>9}{'predicted':>12}{'measured':>11}{'over':>8}")
+    print(f"{'share of a prefill':36}{'ms':>9}{'measured':>11}{'predicted':>12}{'over':>8}")
     rows = []
     for case in cases(config, a.window):
         print(case.name)
         for edit in edits(a.tokens):
             took = measured(case, edit, ids, a.rounds)
             share, wanted = took["edit"] / took["prefill"], predicted(case, edit, a.tokens)
-            rows.append({"case": case.name, "edit": edit.name, **took, "predicted": wanted, "over": share / wanted})
-            line = f"{1e3 * took['edit']:9.2f}{wanted:12.1%}{share:11.1%}{share / wanted:8.2f}"
-            print(f"    {edit.name:32}{line}", flush=True)
+            over = None if wanted is None else share / wanted
+            rows.append(
+                {"case": case.name, "edit": edit.name, **took, "share": share, "predicted": wanted, "over": over}
+            )
+            said = "" if wanted is None else f"{wanted:12.1%}{over:8.2f}"
+            print(f"    {edit.name:32}{1e3 * took['edit']:9.2f}{share:11.1%}{said}", flush=True)
     if not a.no_save:
         print(harness.save("editing", {"facts": harness.facts(), "arguments": vars(a), "rows": rows}))
 

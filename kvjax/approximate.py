@@ -27,6 +27,7 @@ from kvjax.config import Config
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.decode import prefill
 from kvjax.loops.feed import feed, finish
+from kvjax.loops.rework import least
 from kvjax.model import Model, check_ids, check_valid
 from kvjax.ops.attention import EMPTY
 from kvjax.types import Array
@@ -80,7 +81,7 @@ def _divergence(exact: Array, near: Array) -> Divergence:
 def _refresh(model: Model, cache: Cache, start: Array, count: Array, *, columns: int) -> Approximated:
     # start, count [B]; at most `columns` tokens a row
     steps, last = jnp.arange(columns, dtype=jnp.int32)[None, :], cache.lengths[:, None] - 1
-    wrong = (start < _least(cache)) | (count < 0) | (start + count > cache.lengths) | (count > columns)
+    wrong = (start < least(cache)) | (count < 0) | (start + count > cache.lengths) | (count > columns)
     places = jnp.where(steps < count[:, None], start[:, None] + steps, EMPTY)
     places = jnp.where(wrong[:, None], EMPTY, jnp.concatenate([places, jnp.where(last < 0, EMPTY, last)], axis=1))
     cache, refused = _own(cache, places)
@@ -91,7 +92,7 @@ def _refresh(model: Model, cache: Cache, start: Array, count: Array, *, columns:
 def _fed_again(model: Model, cache: Cache, start: Array, count: Array, good: Array, columns: int) -> Approximated:
     """The tokens at `start[B]`, `count[B]` of them, and the last one, computed again in `good[B]` rows."""
     lengths = cache.lengths
-    good &= lengths > _least(cache)
+    good &= lengths > least(cache)
     if columns:
         places = start[:, None] + jnp.arange(columns, dtype=jnp.int32)[None, :]
         tokens = jnp.take_along_axis(cache.tokens, jnp.clip(places, 0, cache.capacity - 1), axis=1)
@@ -117,7 +118,7 @@ def _splice(
 ) -> Approximated:
     # start, stop, valid [B], tokens [B, S]; in rows whose length changes, at most `moved` tokens follow `stop`
     had, by, columns = cache.lengths, valid - (stop - start), tokens.shape[1]
-    flags = jnp.where((start < _least(cache)) | (stop < start) | (stop > had), REWIND, 0)
+    flags = jnp.where((start < least(cache)) | (stop < start) | (stop > had), REWIND, 0)
     flags |= jnp.where((valid < 0) | (valid > columns), COUNT, 0) | jnp.where(had + by > cache.room, CAPACITY, 0)
     if model.max_positions is not None:
         flags |= jnp.where(had + by > model.max_positions, POSITIONS, 0)
@@ -155,13 +156,6 @@ def _own(cache: Cache, places: Array) -> tuple[Cache, Array]:
     shared, refused = ask(cache.shared, lambda entry: entry.claim(places), jnp.zeros_like(cache.flags))
     layers = tuple(node.rewind(cache.lengths, cache.shared, shared) for node in cache.layers)
     return cache.replace(shared=shared, layers=layers), refused
-
-
-def _least(cache: Cache) -> Array:
-    """`[B]`, tokens that rows share and cannot change."""
-    return functools.reduce(
-        jnp.maximum, (entry.least for entry in cache.shared.values()), jnp.zeros_like(cache.lengths)
-    )
 
 
 def _moved(model: Model, cache: Cache, source: Array, target: Array, by: Array, rerotate: bool) -> Cache:
@@ -259,6 +253,7 @@ def refresh(model: Model, cache: Cache, start: Any, count: Any) -> Approximated:
     """Computes `count` tokens from `start` on again, and the last one, from what the cache has before them.
 
     After a splice, the tokens right behind it depend on it most. All that follows refreshed, the result is exact.
+    Compiles once for each bucket of the largest count; under `jit`, where it is not known, it is the capacity.
 
     Args:
         model: any model.
@@ -320,16 +315,14 @@ def _columns(count: int, most: int) -> int:
 
 
 def _check_inside(name: str, cache: Cache, start: np.ndarray, stop: np.ndarray) -> None:
-    least = np.zeros_like(start)
-    for entry in cache.shared.values():
-        least = np.maximum(least, np.asarray(entry.least))
-    for row, (a, b, length, own) in enumerate(zip(start, stop, np.asarray(cache.lengths), least, strict=True)):
+    own = np.broadcast_to(least(cache), start.shape)
+    for row, (a, b, length, first) in enumerate(zip(start, stop, np.asarray(cache.lengths), own, strict=True)):
         if not 0 <= a <= b:
             raise InputError(f"{name}: row {row} has start {a}, it must lie between 0 and its stop {b}")
         if b > length:
             raise CacheError(f"{name}: row {row} has stop {b}, but the row has {length} tokens")
-        if a < own:
-            raise CacheError(f"{name}: row {row} from {a} on goes into what other rows share, its first {own} tokens")
+        if a < first:
+            raise CacheError(f"{name}: row {row} from {a} on goes into what other rows share, its first {first} tokens")
 
 
 def _check_range(model: Model, cache: Cache, start: Any, stop: Any, valid: Any) -> int:

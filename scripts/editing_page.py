@@ -10,6 +10,7 @@ already; then the block itself is edited. What follows is determined: the token 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,28 @@ def measured(rows: int = ROWS) -> list[dict[str, Any]]:
     return table
 
 
+def times() -> str:
+    """What benchmarks/editing.py found, of every device that it was saved for; empty where it was not."""
+    parts = []
+    for path in sorted(harness.RESULTS.glob("*/editing.json")):
+        found = json.loads(path.read_text("utf-8"))
+        facts, asked = found["facts"], found["arguments"]
+        parts.append(f"""
+## Time: edits against a prefill, {path.parent.name}
+
+`python benchmarks/editing.py`, on {facts["day"]}, on {facts["processor"]} ({facts["system"]}), jax {facts["jax"]}:
+{asked["layers"]} layers of width {asked["width"]}, float32, a text of {asked["tokens"]:,} tokens of which eight are
+replaced, inserted or deleted. *Measured* is the share of a prefill's time, *predicted* the share of its FLOPs.
+
+| | | milliseconds | measured | predicted | measured ÷ predicted |
+|---|---|---:|---:|---:|---:|""")
+        for row in found["rows"]:
+            known = "| |" if row["predicted"] is None else f"{row['predicted']:.1%} | {row['over']:.2f} |"
+            ms, share = 1e3 * row["edit"], row["share"]
+            parts.append(f"| {row['case']} | {row['edit']} | {ms:,.1f} | {share:.1%} | {known}")
+    return "\n".join(parts) + "\n" if parts else ""
+
+
 def page(rows: list[dict[str, Any]], drifted: str) -> str:
     """What `docs/editing.md` says."""
     facts = harness.facts()
@@ -151,7 +174,7 @@ rounded back to where it was, as slow pairs of channels are in bfloat16, and rou
 longer each time, without end. So shift seldom and far (`shift(model, cache, drop)` turns every key once, whatever
 `drop` is), or keep keys as they are projected:
 `caches.dense(rotated=False)`, `caches.paged(rotated=False)` and `caches.layer_input()` move them as they are.
-"""
+{times()}"""
 
 
 def main(argv: list[str] | None = None) -> int:

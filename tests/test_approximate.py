@@ -19,6 +19,7 @@ from models import (
     MIXED,
     ONE_LAYER,
     ONE_LAYER_WINDOWED,
+    PROMPTS,
     RELATIVE,
     VOCAB,
     fed,
@@ -32,8 +33,10 @@ from kvjax import CacheError, InputError, approximate, caches, codecs
 from kvjax.caches.flags import CAPACITY as FULL_FLAG
 from kvjax.caches.flags import POSITIONS, REWIND
 from kvjax.ops.positions import Rope, YarnScaling
+from kvjax.testing import edits
 from kvjax.testing.cases import Case, bits
 from kvjax.testing.induction import induction_model
+from kvjax.testing.programs import seeded
 from kvjax.timing import Compilations
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -55,19 +58,12 @@ PLANS = {
     "un-rotated": caches.dense(rotated=False),
     "paged": caches.paged(4, share=2),
     "layer input": caches.layer_input(),
-    "hybrid": caches.hybrid(),
+    "traced": caches.traced(caches.dense(), sites=("embedding",)),
     "prefix": caches.shared_prefix(),
     "recompute": caches.recompute(),
 }
-SOME = [
-    "dense",
-    full("un-rotated"),
-    full("paged"),
-    full("layer input"),
-    full("hybrid"),
-    full("prefix"),
-    full("recompute"),
-]
+TURNED = {"dense", "paged", "traced", "prefix"}
+"""Where keys are kept turned to their positions."""
 
 
 @functools.cache
@@ -97,12 +93,11 @@ def errors(result, model, before):
     return [off(model, result.logits[row], ids_after(before, row)) for row in (0, 1)]
 
 
-@pytest.mark.parametrize("name", SOME)
-def test_where_keys_and_values_know_their_own_token_alone_it_is_exact(name):
+def test_where_keys_and_values_know_their_own_token_alone_it_is_exact():
     """In one layer nothing is approximate but the turning; and the book-keeping is that of the edited text."""
-    model, before = text(PLANS[name])
+    model, before = text(PLANS["dense"])
     kept = bits(before)
-    result = edited(PLANS[name])
+    result = edited(PLANS["dense"])
     logits, cache = result
     assert max(errors(result, model, before)) < EXACT
     assert bits(before) == kept, "the cache that was given"
@@ -116,6 +111,23 @@ def test_where_keys_and_values_know_their_own_token_alone_it_is_exact(name):
     # and it goes on as the edited text does
     after, _ = kvjax.step(model, cache, np.array([3, 5, 9]))
     assert max(off(model, after[row], [*ids_after(before, row), (3, 5, 9)[row]]) for row in range(3)) < EXACT
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", PLANS)
+def test_any_script_of_splices_in_one_layer_leaves_the_cache_of_the_new_text(name):
+    case = Case(name, PLANS[name], ONE_LAYER, keeps=name != "recompute")
+    texts = [ids[:n] for ids, n in zip(prompt_ids().tolist(), PROMPTS, strict=True)]
+    _, cache = case.filled()
+    for each in edits.script(seeded(1), 4, PROMPTS):
+        logits, spliced = approximate.splice(case.model, cache, *each)
+        wrong = approximate.splice(case.model, cache, *each, rerotate=False)
+        texts = each.of(texts)
+        edits.as_fresh(case, np.asarray(logits), spliced.check(), texts, f"{each}")
+        cache = spliced
+    if name in TURNED:
+        with pytest.raises(AssertionError, match="logits"):
+            edits.as_fresh(case, np.asarray(wrong.logits), wrong.cache, texts)
 
 
 def test_keys_left_turned_to_where_they_stood_are_off():
