@@ -89,13 +89,10 @@ class Node(struct.Value):
     replays = False
     """Whether the layer keeps nothing, so that every call must feed the whole text again."""
 
-    splices = False
-    """Whether what it keeps of tokens may be moved to any other places: `move` and `turn` (`kvjax.approximate`)."""
-
     @property
     def patches(self) -> bool:
-        """Whether a piece in the middle can be computed anew, and the rest stays: it keeps every position in a place of
-        its own, and of the new ones what `Span.kept` says."""
+        """Whether a piece in the middle can be computed anew, or moved, and the rest stays: it keeps every position in a
+        place of its own, and of the new ones what `Span.kept` says."""
         return False
 
     @property

@@ -31,8 +31,6 @@ class Dense(Node):
     capacity: int = struct.static()
     rotated: bool = struct.static()
 
-    splices = True
-
     @property
     def patches(self) -> bool:
         """See `Node`."""

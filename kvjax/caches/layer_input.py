@@ -39,8 +39,6 @@ class LayerInput(Node):
     capacity: int = struct.static()
     chained: bool = struct.static()
 
-    splices = True
-
     @property
     def patches(self) -> bool:
         """See `Node`."""

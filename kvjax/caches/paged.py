@@ -36,8 +36,6 @@ class Paged(Node):
     v: Any
     rotated: bool = struct.static()
 
-    splices = True
-
     @property
     def patches(self) -> bool:
         """See `Node`."""

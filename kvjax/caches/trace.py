@@ -52,11 +52,6 @@ class Traced(Node):
         return self.inner.again(wanted.clip(None, start), start, lengths, written, shared)
 
     @property
-    def splices(self) -> bool:  # type: ignore[override]
-        """That of the kind inside."""
-        return self.inner.splices
-
-    @property
     def shifts(self) -> bool:
         """See `Node`."""
         return self.inner.shifts
