@@ -91,8 +91,8 @@ class Node(struct.Value):
 
     @property
     def patches(self) -> bool:
-        """Whether a piece in the middle can be computed anew, or moved, and the rest stays: it keeps every position in a
-        place of its own, and of the new ones what `Span.kept` says."""
+        """Whether a piece in the middle can be computed anew, or moved, and the rest stays: every position has a
+        place of its own, and of the new ones it keeps what `Span.kept` says."""
         return False
 
     @property
