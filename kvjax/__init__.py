@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from kvjax import caches, donating, sampling
+from kvjax import approximate, caches, donating, sampling
 from kvjax.caches import codecs
 from kvjax.caches.base import Cache
 from kvjax.caches.cross import Source
@@ -14,6 +14,7 @@ from kvjax.lm import LM, load
 from kvjax.loops.beam import beam
 from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
+from kvjax.loops.drafters import Drafter, Drafts, draft_model, early_exit, prompt_lookup
 from kvjax.loops.edit import edit, sync
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import generate, stream
@@ -21,6 +22,7 @@ from kvjax.loops.resume import resume
 from kvjax.loops.scores import Scored, Scores, score
 from kvjax.loops.scoring import Likelihood, loglikelihood
 from kvjax.loops.search import Beams, beam_search
+from kvjax.loops.speculative import speculate
 from kvjax.loops.windows import Perplexity, perplexity
 from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
@@ -43,6 +45,8 @@ __all__ = [
     "CheckpointError",
     "Config",
     "Conversation",
+    "Drafter",
+    "Drafts",
     "Generated",
     "InputError",
     "KvjaxError",
@@ -52,6 +56,7 @@ __all__ = [
     "Perplexity",
     "Scored",
     "Scores",
+    "approximate",
     "attend",
     "cross_attend",
     "encode",
@@ -65,6 +70,8 @@ __all__ = [
     "decode_until",
     "decoder",
     "donating",
+    "draft_model",
+    "early_exit",
     "edit",
     "forward",
     "generate",
@@ -76,10 +83,12 @@ __all__ = [
     "loglikelihood",
     "perplexity",
     "prefill",
+    "prompt_lookup",
     "resume",
     "sampling",
     "save_cache",
     "score",
+    "speculate",
     "step",
     "stream",
     "sync",

@@ -36,10 +36,18 @@ def apply_decoder(
     with jax.named_scope("embedding"):
         x = embed(params, config, tokens, positions)
     cache = cache.record(0, "embedding", x)
-    rotations = Rotation.of_layers(params, config, positions, x.dtype)
-    for layer in range(config.num_layers):
-        x, cache = decoder_layer(params["layers"][str(layer)], config, x, cache, layer, rotations[layer])
+    x, cache = through(params, config, x, cache, 0, config.num_layers)
     return final_norm(params, config, x), cache
+
+
+def through(
+    params: Params, config: Config, x: Array, cache: OpenCache, first: int, last: int
+) -> tuple[Array, OpenCache]:
+    """The stream `[B, S, M]` through layers `first` to `last`, that one not among them."""
+    rotations = Rotation.of_layers(params, config, cache.positions, x.dtype)
+    for layer in range(first, last):
+        x, cache = decoder_layer(params["layers"][str(layer)], config, x, cache, layer, rotations[layer])
+    return x, cache
 
 
 def apply_encoder(
@@ -95,4 +103,4 @@ def decoder_head(params: Params, config: Config, x: Array) -> Array:
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-__all__ = ["apply_decoder", "apply_encoder", "embed", "final_norm", "decoder_head"]
+__all__ = ["apply_decoder", "apply_encoder", "through", "embed", "final_norm", "decoder_head"]

@@ -10,7 +10,7 @@ from models import FULL, GEMMA, LEARNED, MIXED, POST, POSTNORM, RELATIVE, WINDOW
 
 from kvjax import caches, codecs, testing
 from kvjax.caches import plans
-from kvjax.testing import contract, edits, moves, programs, promises, sources
+from kvjax.testing import contract, drafts, edits, moves, programs, promises, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,15 +212,16 @@ def of_sources() -> list[Case]:
 
 
 COSTLY = {
+    drafts.same_with_drafts: ("ring", "paged"),
+    edits.edits: ("ring", "paged and shared"),
     moves.vmap: ("ring",),
     moves.gradients: ("ring",),
     contract.sharded: (),
-    edits.edits: ("ring", "paged and shared"),
 }
 """Checks that compile much run by default on these cases, and on the others in the full suite."""
 
 
-DEAREST = (moves.vmap, moves.gradients)
+DEAREST = (drafts.same_with_drafts, moves.vmap, moves.gradients)
 """Checks that run on the first two cases of a kind only, also in the full suite: nothing compiles more."""
 
 

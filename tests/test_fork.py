@@ -11,6 +11,8 @@ from models import SAMPLER, STEPS, filled, prompt_ids
 
 import kvjax
 
+DRAFTING = kvjax.speculate(kvjax.prompt_lookup(), drafted=2)
+
 
 def snapshot(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
@@ -26,6 +28,7 @@ def through_everything(model, out, cache, logits, branch, folder):
     yield kvjax.generate(model, after=out, max_new_tokens=6)
     yield kvjax.generate(model, ids[:, :5].tolist(), after=out, max_new_tokens=6)
     yield [piece.tokens for piece in kvjax.stream(model, after=out, max_new_tokens=6)]
+    yield kvjax.generate(model, after=out, max_new_tokens=6, algorithm=DRAFTING)
     yield kvjax.loglikelihood(model, cache, logits, ids[:, :5])
     if cache.branches:
         yield kvjax.branched(cache, 2)
@@ -73,6 +76,7 @@ def test_every_public_function_that_takes_a_cache_is_in_this_test():
     public = {name for name in kvjax.__all__ if callable(getattr(kvjax, name))}
     builds = {"init_cache", "cache_nbytes", "forward", "attend", "cross_attend", "encode", "decoder", "init_params"}
     builds |= {"load", "load_cache", "score", "perplexity"}
+    builds |= {"speculate", "prompt_lookup", "draft_model", "early_exit"}  # algorithms: with generate above
     types = {name for name in public if isinstance(getattr(kvjax, name), type)}
     assert public - builds - types <= takes, "a new function: let both branches run through it"
     methods = {name for name in dir(kvjax.Cache) if not name.startswith("_") and callable(getattr(kvjax.Cache, name))}

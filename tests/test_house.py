@@ -32,7 +32,7 @@ ROOMS = (
     ("checkpoint", "pieces", "text", "templates"),
     ("lm", "persist"),
     ("loops",),
-    ("donating",),
+    ("approximate", "donating"),
     ("strategies",),
     ("",),  # kvjax/__init__.py: the public names
     ("train", "testing"),

@@ -8,7 +8,7 @@ import pytest
 from models import WINDOW
 
 from kvjax import caches, testing
-from kvjax.testing import edits, moves, mutants, programs, promises, sources
+from kvjax.testing import drafts, edits, moves, mutants, programs, promises, sources
 from kvjax.testing.mutants import MUTANTS, NOTHING
 from kvjax.testing.sharded import sharded
 
@@ -43,6 +43,7 @@ KILLED_BY = {
     edits.edits: "rewind a no-op",
     promises.same_tokens: "mask < for <=",
     promises.scan_is_the_step_loop: "a state that Python keeps",
+    drafts.same_with_drafts: "rewind off by one",
     moves.vmap: "rows swapped under jit",
     sharded: "stale positions",
     moves.gradients: "gradient stopped",

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from kvjax import struct
 from kvjax.caches import words
 from kvjax.caches.codecs import Segment, Store
+from kvjax.caches.entry import Shared
 from kvjax.caches.span import Span, Tree
 from kvjax.errors import InputError
 from kvjax.ops.attention import EMPTY, Absorb, View
@@ -79,73 +80,6 @@ class Project:
     absorb: Callable[[Any], tuple[Absorb, Array | None]] | None = None
 
 
-class Shared(struct.Value):
-    """An entry of `Cache.shared`: what layers have in common, once; derives from it and is a `struct.node`.
-
-    Every operation gives the entry and `[B]` int32 flags, bits for the rows where it could not be done.
-    """
-
-    still = False
-    """Whether the text changes nothing in it: tokens fed, rewound or fed again."""
-
-    fixed = 0
-    """How much of the capacity is not the rows' own."""
-
-    @property
-    def least(self) -> Any:
-        """Tokens that a row cannot lose: a number, or int32 `[1]` or `[B]`."""
-        return 0
-
-    @property
-    def most(self) -> Any:
-        """Tokens that a row can hold, int32 `[1]` or `[B]`; None is as many as the capacity."""
-        return None
-
-    def beside(self, other: Any) -> Any:
-        """With what another kind of the plan asks for under the same name."""
-        return self
-
-    def reserve(self, span: Span) -> tuple[Any, Array]:
-        """Makes room for the new tokens, once a call, before the layers run; tokens of flagged rows are dropped."""
-        return self, jnp.zeros_like(span.start)
-
-    def resize(self, capacity: int) -> Any:
-        """The same for a cache with room for `capacity` tokens a row."""
-        return self
-
-    def rewind(self, lengths: Array) -> tuple[Any, Array]:
-        """Gives back what lies at or past `lengths[B]`."""
-        return self, jnp.zeros_like(lengths)
-
-    def claim(self, places: Array) -> tuple[Any, Array]:
-        """Makes what lies at `places[B, n]`, EMPTY for none, the row's own: it will be written."""
-        return self, jnp.zeros(places.shape[:1], jnp.int32)
-
-    def release(self, rows: Array) -> tuple[Any, Array]:
-        """Gives back all that rows `rows[B]` bool hold."""
-        return self, jnp.zeros(rows.shape, jnp.int32)
-
-    def take(self, rows: Array) -> tuple[Any, Array]:
-        """Other rows, `rows[n]`; everything moves."""
-        raise NotImplementedError
-
-    def reorder(self, beams: Array) -> tuple[Any, Array]:
-        """Rows exchanged inside a source; what the rows of a source share stays."""
-        return self.take(beams)
-
-    def fork(self, rows: Array, copies: int) -> tuple[Any, Array]:
-        """Every row `copies` times, one after the other, as `rows` says; what the copies share stays."""
-        return self.take(rows)
-
-    def alike(self, other: Any) -> tuple[Any, Any]:
-        """Itself and another entry, of one structure if they can be joined."""
-        return self, other
-
-    def join(self, other: Any) -> tuple[Any, Array]:
-        """These rows, then those of another entry made for as many tokens a row, and alike."""
-        raise NotImplementedError
-
-
 class Node(struct.Value):
     """A layer's part of the cache; a layout derives from it and is a `struct.node`.
 
@@ -157,8 +91,8 @@ class Node(struct.Value):
 
     @property
     def patches(self) -> bool:
-        """Whether a piece in the middle can be computed anew, and the rest stays: it keeps every position in a place of
-        its own, and of the new ones what `Span.kept` says."""
+        """Whether a piece in the middle can be computed anew, or moved, and the rest stays: every position has a
+        place of its own, and of the new ones it keeps what `Span.kept` says."""
         return False
 
     @property
@@ -248,6 +182,10 @@ class Node(struct.Value):
         positions follow from lengths have nothing to do."""
         return self
 
+    def loosen(self, tokens: int, lengths: Array, shared: Any) -> Any:
+        """The same, so that rows can be rewound by `tokens` once so many more were fed; itself where they can now."""
+        return self._parts(lambda store: store, lambda node: node.loosen(tokens, lengths, shared))
+
     def take(self, rows: Array, before: Any, shared: Any) -> Any:
         """Other rows, `rows[n]` int32; everything moves."""
         return self._parts(lambda store: store.take(rows), lambda node: node.take(rows, before, shared))
@@ -265,6 +203,11 @@ class Node(struct.Value):
         """What stands at places `source[B, n]` in the order of feeding stands at `target[B, n]` too, as stored; EMPTY
         targets are dropped. The accepted path of a tree of drafts moves up so."""
         raise NotImplementedError
+
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> Any:
+        """Keys at `places[B, n]` in the order of feeding, if they are kept turned, are turned on: decoded, put through
+        `by([B, n, K, D])` and kept again; EMPTY places are dropped."""
+        return self
 
     def _parts(self, on_store: Callable[..., Any], on_node: Callable[..., Any], *others: Any) -> Any:
         """The same with every store and every inner node replaced by what a function makes of it."""
@@ -319,23 +262,12 @@ def filled_positions(capacity: int, end: Array) -> Array:
 
 def views_of(keys: tuple[Segment, ...], values: tuple[Segment, ...], **static: Any) -> tuple[View, ...]:
     """One view for each pair of segments that two stores of one codec gave; `static` are further fields of `View`."""
-    pairs = zip(keys, values, strict=True)
-    return tuple(
-        View(
-            k.data,
-            v.data,
-            k.positions,
-            k.scale,
-            v.scale,
-            k_zero=k.zero,
-            v_zero=v.zero,
-            visible=k.visible,
-            k_decode=k.decode,
-            v_decode=v.decode,
-            **static,
-        )
-        for k, v in pairs
-    )
+
+    def one(k: Segment, v: Segment) -> View:
+        more: dict[str, Any] = {"k_zero": k.zero, "v_zero": v.zero, "k_decode": k.decode, "v_decode": v.decode}
+        return View(k.data, v.data, k.positions, k.scale, v.scale, visible=k.visible, **more, **static)
+
+    return tuple(one(k, v) for k, v in zip(keys, values, strict=True))
 
 
 __all__ = ["LayerShape", "Span", "Tree", "Project", "Shared", "Node", "Kind", "filled_positions", "views_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,6 +57,10 @@ class Dense(Node):
     def move(self, source: Array, target: Array, shared: Any) -> Dense:
         """See `Node`."""
         return self.replace(k=self.k.move(source, target), v=self.v.move(source, target))
+
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> Dense:
+        """See `Node`."""
+        return self.replace(k=self.k.change(places, by)) if self.rotated else self
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`."""

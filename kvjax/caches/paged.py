@@ -99,6 +99,13 @@ class Paged(Node):
         (here, at), (there, to) = shared["pages"].place(source), shared["pages"].place(target)
         return self._stores(lambda store: store.move(at, to, (here, there)))
 
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> Paged:
+        """See `Node`."""
+        if not self.rotated:
+            return self
+        rows, slots = shared["pages"].place(places)
+        return self.replace(k=self.k.change(slots, by, rows))
+
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`."""
         pages = shared["pages"]

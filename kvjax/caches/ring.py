@@ -105,6 +105,20 @@ class Ring(Node):
         """Itself: a ring does not grow with the text."""
         return self
 
+    def loosen(self, tokens: int, lengths: Array, shared: Any) -> Ring:
+        """See `Node`: a larger ring, where each position has another slot."""
+        if tokens <= self.slack:
+            return self
+        wider = self.replace(slack=tokens)
+        slots = self.sinks + wider.size
+        held = self.slots_of(wider._positions(lengths))  # of positions that are gone: anything, which nobody sees
+        own = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None, :], held.shape)
+        return wider.replace(k=self.k.resize(slots).move(held, own), v=self.v.resize(slots).move(held, own))
+
+    def word(self, kind: Any, shared: Any) -> Any:
+        """See `Node`."""
+        return dataclasses.replace(kind, slack=self.slack)
+
     def move(self, source: Array, target: Array, shared: Any) -> Ring:
         """See `Node`."""
         there, here = self.slots_of(source), self.slots_of(target)

@@ -9,6 +9,7 @@ capacity=512)`, or `kvjax.branched(cache, 4)`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,7 +68,8 @@ class SharedPrefix(Node):
         """See `Node`."""
         common = shared["prefix"]
         prefix = None if self.prefix is None else self.prefix.word(kind.prefix, common.prefix)
-        return dataclasses.replace(kind, prefix=prefix, share=common.share)
+        suffix = self.suffix.word(kind.suffix, common.suffix)
+        return dataclasses.replace(kind, suffix=suffix, prefix=prefix, share=common.share)
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], SharedPrefix]:
         """See `Node`."""
@@ -128,11 +130,21 @@ class SharedPrefix(Node):
         joined = self.replace(suffix=self.suffix.join(other.suffix))
         return joined.replace(prefix=self.prefix.join(other.prefix)) if self.several and self.prefix else joined
 
+    def loosen(self, tokens: int, lengths: Array, shared: Any) -> SharedPrefix:
+        """See `Node`."""
+        common = shared["prefix"]
+        return self.replace(suffix=self.suffix.loosen(tokens, lengths - common.base, common.suffix))
+
     def move(self, source: Array, target: Array, shared: Any) -> SharedPrefix:
         """See `Node`."""
         common = shared["prefix"]
         there, here = source - common.base[:, None], before_base(target, common.base)
         return self.replace(suffix=self.suffix.move(there, here, common.suffix))
+
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> SharedPrefix:
+        """See `Node`."""
+        common = shared["prefix"]
+        return self.replace(suffix=self.suffix.turn(before_base(places, common.base), by, common.suffix))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`. A prefix is repeated for each of its rows."""

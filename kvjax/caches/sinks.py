@@ -68,6 +68,10 @@ class SinksInCache(Node):
         """Itself: it does not grow with the text."""
         return self
 
+    def word(self, kind: Any, shared: Any) -> Any:
+        """See `Node`."""
+        return self.recent.word(kind, shared)
+
     def move(self, source: Array, target: Array, shared: Any) -> SinksInCache:
         """See `Node`. A token that moves up among the sinks may come from behind them: the ring has it."""
         there = self.recent.slots_of(source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -73,6 +73,11 @@ class Traced(Node):
         """See `Node`."""
         return self.sites[site] if site in self.sites else self.inner.recorded(site)
 
+    def word(self, kind: Any, shared: Any) -> Any:
+        """See `Node`."""
+        inner = getattr(kind, "inner", None)  # `output` has none to change
+        return kind if inner is None else dataclasses.replace(kind, inner=self.inner.word(inner, shared))
+
     def resize(self, capacity: int, shared: Any) -> Traced:
         """See `Node`."""
         grown = self._parts(lambda store: store.resize(capacity), lambda node: node.resize(capacity, shared))
@@ -89,6 +94,10 @@ class Traced(Node):
     def move(self, source: Array, target: Array, shared: Any) -> Traced:
         """See `Node`."""
         return self._parts(lambda store: store.move(source, target), lambda node: node.move(source, target, shared))
+
+    def turn(self, places: Array, by: Callable[[Array], Array], shared: Any) -> Traced:
+        """See `Node`."""
+        return self.replace(inner=self.inner.turn(places, by, shared))
 
     def contents(self, lengths: Array, shared: Any) -> tuple[Array, Array, Array]:
         """See `Node`; of the kind inside."""

@@ -62,6 +62,9 @@ class UnderWay(Protocol):
     def ranked(self) -> list[list[tuple[list[int], float]]] | None:
         """Of each row several texts with scores, best first; None where nothing is ranked."""
 
+    def report(self) -> Any:
+        """What became of drafts; None where nothing is drafted."""
+
     def end(self, model: Model) -> tuple[Any, Array, Noted | None]:
         """The cache of `texts()`, the logits after them, and log-probabilities of their tokens where somebody asked."""
 
@@ -77,7 +80,10 @@ class Wanted:
         stops: what ends a row.
         filters: that belong to the model, in order; they come before those of a sampler.
         every: static, steps of a chunk.
-        again: whether a chunk may have to run again, so that what was before it is kept; of `Draw` only.
+        again: whether a chunk may have to run again, so that what was before it is kept; of those that draw only.
+        model: that is asked.
+        sampler, seeds: see `kvjax.sampling`; `[B]` uint32. Of those that draw only.
+        sources: ids of the sources, if there are any and they are known.
     """
 
     limits: np.ndarray
@@ -86,10 +92,20 @@ class Wanted:
     filters: tuple[Any, ...] = ()
     every: int = loop.CHUNK
     again: bool = False
+    model: Any = None
+    sampler: Any = None
+    seeds: Any = None
+    sources: list[list[int]] | None = None
 
 
 class Algorithm(Protocol):
-    """What `generate(algorithm=…)` takes: immutable."""
+    """What `generate(algorithm=…)` takes: immutable.
+
+    Args:
+        draws: whether tokens are drawn by a sampler, one row at a time; else it chooses them itself.
+    """
+
+    draws: bool
 
     def begin(self, progress: loop.Progress, wanted: Wanted) -> UnderWay:
         """From prefilled prompts; `progress.starts` are the tokens of each row that were given: the prompt, without
@@ -98,20 +114,14 @@ class Algorithm(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Draw:
-    """One token after the other, by a sampler: what `generate` does without an algorithm.
+    """One token after the other, by a sampler: what `generate` does without an algorithm."""
 
-    Args:
-        sampler: see `kvjax.sampling`.
-        seeds: `[B]` uint32.
-    """
-
-    sampler: Any
-    seeds: np.ndarray
+    draws = True
 
     def begin(self, progress: loop.Progress, wanted: Wanted) -> Drawing:
         """See `Algorithm`."""
-        sampler = Filtered(wanted.filters, self.sampler) if wanted.filters else self.sampler
-        return Drawing(progress, np.asarray(progress.cache.lengths), wanted, sampler, self.seeds, wanted.limits)
+        sampler = Filtered(wanted.filters, wanted.sampler) if wanted.filters else wanted.sampler
+        return Drawing(progress, np.asarray(progress.cache.lengths), wanted, sampler, wanted.limits)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +132,6 @@ class Drawing:
     starts: np.ndarray
     wanted: Wanted
     sampler: Any
-    seeds: np.ndarray
     ends: np.ndarray
     before: loop.Progress | None = None
 
@@ -157,7 +166,7 @@ class Drawing:
     def _run(self, programs: loop.Programs, model: Model, chunks: int) -> Drawing:
         wanted, chunk = self.wanted, self.wanted.every
         bounds = wanted.stops, wanted.limits, self.ends, np.int32(chunks)
-        progress = programs.until(model, self.progress, self.sampler, self.seeds, *bounds, chunk=chunk)
+        progress = programs.until(model, self.progress, self.sampler, wanted.seeds, *bounds, chunk=chunk)
         return dataclasses.replace(self, progress=progress, before=self.progress if wanted.again else None)
 
     def count(self) -> tuple[int, int]:
@@ -170,6 +179,9 @@ class Drawing:
         return fed(self.progress.cache)
 
     def ranked(self) -> None:
+        """See `UnderWay`."""
+
+    def report(self) -> None:
         """See `UnderWay`."""
 
     def end(self, model: Model) -> tuple[Any, Array, Noted | None]:

@@ -37,6 +37,8 @@ class Beam:
     returned: int
     filters: tuple[Any, ...] = ()
 
+    draws = False
+
     def begin(self, progress: loop.Progress, wanted: Wanted) -> Searching:
         """See `Algorithm`.
 
@@ -167,6 +169,9 @@ class Searching:
         noted = None if self.noted is None else self.noted.resize(capacity)
         logits, cache, noted = _fed(model, cache, self.logits, tokens, valid, noted)
         return cache.check(), logits, noted
+
+    def report(self) -> None:
+        """See `UnderWay`."""
 
     def ranked(self) -> list[list[tuple[list[int], float]]]:
         """See `UnderWay`."""

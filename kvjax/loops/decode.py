@@ -46,6 +46,12 @@ def flag_nan(cache: Cache, logits: Array) -> Cache:
     return cache.replace(flags=cache.flags | jnp.where(jnp.any(jnp.isnan(logits), axis=1), NAN, 0).astype(jnp.int32))
 
 
+def back_to(cache: Cache, lengths: Array) -> Cache:
+    """Rewound, and what was flagged stays so."""
+    kept = cache.rewind(lengths)
+    return kept.replace(flags=kept.flags | cache.flags)
+
+
 def flag_none(cache: Cache, tokens: Array) -> Cache:
     """Rows for which a sampler found no token are flagged; the token is -1, and is not fed."""
     none = (tokens < 0) & (cache.flags == 0)  # the logits of a flagged row are NaN

@@ -69,6 +69,7 @@ class Generated:
         logprobs: of the new tokens; None where nobody asked.
         candidates: of an algorithm that ranks several answers, each row's, best first; `text` and `tokens` are the
             first. None of others.
+        speculated: what drafts were worth, with `kvjax.speculate`; else None.
     """
 
     text: list[str] | None
@@ -87,6 +88,7 @@ class Generated:
     samples: int = 1
     logprobs: Logprobs | None = None
     candidates: list[list[Candidate]] | None = None
+    speculated: Any = None
 
     @property
     def scores(self) -> np.ndarray | None:

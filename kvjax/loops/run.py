@@ -157,7 +157,7 @@ class Run:
         seeds = _seeds(seed, after, len(ids), samples)
         stops = stops_of("generate", stop_ids, [each for each in stop_at if not isinstance(each, str)])
         strings = Strings([each for each in stop_at if isinstance(each, str)])
-        if strings and algorithm is not None:
+        if strings and algorithm is not None and not algorithm.draws:
             raise InputError("generate: stop strings are for drawing tokens; give an algorithm lists of ids as stop")
         limits = limits_of(model, ids, max_new_tokens, usual)
         prompted, ids = ids, [row for row in ids for _ in range(samples)]
@@ -170,7 +170,7 @@ class Run:
             ended = ["stop" if watch.ended else each for watch, each in zip(watches, ended, strict=True)]
         given = Given(ids, starts, sampler, seeds, stop_ids, stop_at, stops, strings, copies, ended)
         stopped = np.asarray([each is not None for each in ended])
-        chosen = Draw(sampler, seeds) if algorithm is None else algorithm
+        chosen = Draw() if algorithm is None else algorithm
         began = time.perf_counter()
         with Compilations() as made:
             if after is None:
@@ -182,7 +182,8 @@ class Run:
             jax.block_until_ready(progress)
             progress.cache.check()
             scored = np.asarray([len(row) - forced for row in ids], np.int32)
-            wanted = Wanted(limits, scored, stops, getattr(lm, "filters", ()), every, bool(strings))
+            filters, again = getattr(lm, "filters", ()), bool(strings)
+            wanted = Wanted(limits, scored, stops, filters, every, again, model, sampler, seeds, sources)
             state = chosen.begin(progress, wanted)
         spent = time.perf_counter() - began - made.seconds
         timings = Timings(compile=made.seconds, prefill=max(spent, 0.0), programs=made.count)
@@ -280,6 +281,7 @@ class Run:
             samples=given.samples,
             logprobs=None if noted is None else self._logprobs(noted, tokens.shape[1], lengths),
             candidates=self.candidates(),
+            speculated=self.state.report(),
         )
 
     def candidates(self) -> list[list[Candidate]] | None:
@@ -323,7 +325,8 @@ def _agree(model: Model, **given: Any) -> None:
         raise InputError("generate: give prompts, or after, or both")
     if some("after") and some("plan", "prefix", "target", "cross"):
         raise InputError("generate: after has a cache already; plan, prefix, target and cross go with prompts alone")
-    if some("algorithm") and (some("sampler", "seed") or given["samples"] != 1):
+    drawn = not some("algorithm") or given["algorithm"].draws
+    if not drawn and (some("sampler", "seed") or given["samples"] != 1):
         raise InputError("generate: sampler, seed and samples are for drawing tokens; an algorithm chooses them itself")
     if model.encode is None and some("target", "cross"):
         raise InputError("generate: target and cross are for models with an encoder, and this one has none")

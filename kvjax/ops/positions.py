@@ -119,6 +119,10 @@ class Positions:
         """`x[B, S, heads, D]` turned by `tables`."""
         return x
 
+    def turn(self, x: Array, by: Array) -> Array:
+        """`x[B, S, heads, D]`, turned already, turned on by `by[B, S]` positions, to either side."""
+        return x
+
     def bias(self, params: Params) -> Bias | None:
         """What is added to the scaled scores of self-attention, or None."""
         return None
@@ -141,13 +145,21 @@ class Rope(Positions):
 
     def tables(self, positions: Array, head_dim: int, dtype: DType) -> tuple[Array, Array]:
         """Cosines and sines `[B, S, 1, D/2]` at `positions[B, S]`, in at least float32."""
+        cos, sin, factor = self._waves(positions, head_dim, dtype)
+        return cos * factor, sin * factor
+
+    def turn(self, x: Array, by: Array) -> Array:
+        """See `Positions`. Rotations add up; the factor of a scaling is in `x` already."""
+        return self.rotate(x, self._waves(by, x.shape[-1], x.dtype)[:2])
+
+    def _waves(self, positions: Array, head_dim: int, dtype: DType) -> tuple[Array, Array, float]:
         frequencies = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         factor = 1.0
         if self.scaling is not None:
             frequencies, factor = self.scaling(frequencies, self.theta)
         dtype = jnp.promote_types(jnp.float32, dtype)
         angles = positions[:, :, None, None].astype(dtype) * jnp.asarray(frequencies, dtype)[None, None, None, :]
-        return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+        return jnp.cos(angles), jnp.sin(angles), factor
 
     def rotate(self, x: Array, tables: tuple[Array, Array]) -> Array:
         """`x[B, S, heads, D]` turned by `tables`."""

@@ -48,10 +48,11 @@ class Chain(struct.Value):
 
     def scores(self, logits: Array, keys: Array, text: Text | None = None) -> Array:
         """`[B, V]`, of which the largest is chosen: the filtered logits with the noise of a draw."""
-        logits = filtered(self.filters, logits, text)
-        # Gumbel-max (Maddison et al. 2014, 1411.0030), one key a row: a row's draw does not see its neighbours.
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
-        return jnp.where(jnp.isneginf(logits), -jnp.inf, logits + noise)
+        return noisy(self.law(logits, text), keys)
+
+    def law(self, logits: Array, text: Text | None = None) -> Array:
+        """`[B, V]`, logits of the distribution that tokens are drawn from."""
+        return filtered(self.filters, logits, text)
 
 
 @struct.node
@@ -69,6 +70,10 @@ class Filtered(struct.Value):
     def __call__(self, logits: Array, keys: Array, text: Text | None = None) -> Array:
         """See `Sampler`."""
         return self.sampler(filtered(self.filters, logits, text), keys, text)
+
+    def law(self, logits: Array, text: Text | None = None) -> Array:
+        """See `Chain`; of one that draws."""
+        return self.sampler.law(filtered(self.filters, logits, text), text)
 
 
 def filtered(filters: tuple[Any, ...], logits: Array, text: Text | None) -> Array:
@@ -141,6 +146,18 @@ def checked(sampler: Any) -> Any:
     return jax.tree_util.Partial(sampler) if jax.tree_util.all_leaves([sampler]) else sampler
 
 
+def draws(sampler: Any) -> bool:
+    """Whether the sampler draws from a distribution that it can tell (`law`), which a greedy one does not."""
+    return draws(sampler.sampler) if isinstance(sampler, Filtered) else hasattr(sampler, "law")
+
+
+def noisy(logits: Array, keys: Array) -> Array:
+    """`[B, V]`, whose largest is a draw from the softmax of `logits[B, V]`; one of `keys[B]` a row."""
+    # Gumbel-max (Maddison et al. 2014, 1411.0030), one key a row: a row's draw does not see its neighbours.
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+    return jnp.where(jnp.isneginf(logits), -jnp.inf, logits + noise)
+
+
 def largest(logits: Array) -> Array:
     """`[B]` int32, index of the first of the largest of `logits[B, V]`; faster on CPU than `argmax`. 0 on NaN."""
     v = logits.shape[1]
@@ -175,6 +192,8 @@ __all__ = [
     "chain",
     "own",
     "checked",
+    "draws",
+    "noisy",
     "largest",
     "chosen",
     "row_keys",

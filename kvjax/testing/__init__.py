@@ -4,7 +4,7 @@ Needs no test runner. `import kvjax` does not import it; `kvjax.testing` does.
 """
 
 from kvjax.testing import mutants
-from kvjax.testing.algorithms import beam, greedy, sampled, until
+from kvjax.testing.algorithms import beam, drafted, greedy, sampled, until
 from kvjax.testing.cases import Case
 from kvjax.testing.contract import REFUSED, SuiteReport, run_suite, suite
 from kvjax.testing.equivalence import Report, against, check_equivalence
@@ -14,6 +14,7 @@ __all__ = [
     "greedy",
     "sampled",
     "until",
+    "drafted",
     "beam",
     "against",
     "Report",

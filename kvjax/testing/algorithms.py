@@ -19,9 +19,10 @@ from kvjax.loops.algorithms import Wanted
 from kvjax.loops.beam import Beam
 from kvjax.loops.beam import beam as public_beam
 from kvjax.loops.decode import decode, decode_until, prefill, step
+from kvjax.loops.speculative import Speculate
 from kvjax.model import Model
 from kvjax.sampling import Text
-from kvjax.sampling.drawing import filtered, own
+from kvjax.sampling.drawing import draws, filtered, own
 from kvjax.stopping import stops_of
 from kvjax.types import Array
 
@@ -134,6 +135,21 @@ class Until(Drawn):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Drafted(Until):
+    """See `drafted`."""
+
+    algorithm: Any = None
+
+    def loop(self, model: Model, cache: Any, logits: Array, seeds: np.ndarray) -> Made:
+        """See `Drawn`."""
+        begun = np.asarray(cache.lengths)
+        limits, progress = begun + np.int32(self.steps), loop.Progress.begin(cache, logits, starts=begun)
+        wanted = Wanted(limits, begun, _stops(self), model=model, sampler=self.sampler, seeds=seeds)
+        state = _finished(self.algorithm.begin(progress, wanted), model)
+        return Made(table([text[start:] for text, start in zip(state.texts(), begun, strict=True)], self.steps))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Ranked:
     """See `beam`."""
 
@@ -149,10 +165,7 @@ class Ranked:
         """See `Algorithm`."""
         starts = np.asarray(cache.lengths)
         wanted = Wanted(starts + np.int32(self.steps), starts, _stops(self), self.filters)
-        state = self.algorithm.begin(loop.Progress.begin(cache, logits, starts=starts), wanted)
-        while (look := state.look())[1].any():
-            state = state.grow() if (look[1] & look[2]).any() else state
-            state = state.advance(model, loop.ALL)
+        state = _finished(self.algorithm.begin(loop.Progress.begin(cache, logits, starts=starts), wanted), model)
         best = [row[0] for row in state.ranked() or ()]
         texts = [text[start:] for (text, _), start in zip(best, starts, strict=True)]
         return Made(table(texts, self.steps), np.asarray([score for _, score in best]))
@@ -172,6 +185,13 @@ class Ranked:
         found = [scored(text[:at]) for at in range(len(text))]
         total = sum(float(scores[token]) for (scores, _), token in zip(found, text, strict=True))
         return total / len(text) ** self.algorithm.length_penalty, max(top for _, top in found)
+
+
+def _finished(state: Any, model: Model) -> Any:
+    while (look := state.look())[1].any():
+        state = state.grow() if (look[1] & look[2]).any() else state
+        state = state.advance(model, loop.ALL)
+    return state
 
 
 @functools.partial(jax.jit, static_argnames=("copies", "steps"))
@@ -237,6 +257,35 @@ def until(
     return Until(name, steps, _sampler(sampler), stop_ids=tuple(stop_ids), stop_sequences=sequences)
 
 
+def drafted(
+    algorithm: Any,
+    sampler: Any = None,
+    steps: int = 64,
+    *,
+    stop_ids: Sequence[int] = (),
+    stop_sequences: Sequence[Sequence[int]] = (),
+    name: str | None = None,
+) -> Drafted:
+    """Speculation as `kvjax.generate(algorithm=kvjax.speculate(…))` runs it: the tokens of decoding without drafts.
+
+    Args:
+        algorithm: `kvjax.speculate(…)`; where drafts are drawn, with `same_tokens=True`.
+        sampler: as in `sampled`; None is greedy.
+        steps: new tokens a row, at most.
+        stop_ids, stop_sequences: that end a row.
+        name: for people; None says what it does.
+
+    Raises:
+        InputError: it promises no tokens: drafts are drawn, and kept or replaced.
+    """
+    chosen = sampling.greedy() if sampler is None else _sampler(sampler)
+    if draws(chosen) and not algorithm.same_tokens and algorithm.drafter.drawn:
+        raise InputError("testing.drafted: a sampled draft that may be replaced gives other tokens; same_tokens=True")
+    sequences = tuple(tuple(each) for each in stop_sequences)
+    label = name or ("drafts" if sampler is None else "sampled drafts")
+    return Drafted(label, steps, chosen, stop_ids=tuple(stop_ids), stop_sequences=sequences, algorithm=algorithm)
+
+
 def beam(
     width: int,
     steps: int = 64,
@@ -266,7 +315,7 @@ def beam(
 
 
 def as_algorithm(each: Any) -> Any:
-    """One of these, of what the public loops take: a sampler, or `kvjax.beam(…)`.
+    """One of these, of what the public loops take: a sampler, `kvjax.beam(…)` or `kvjax.speculate(…)`.
 
     Raises:
         InputError: it is none.
@@ -275,6 +324,8 @@ def as_algorithm(each: Any) -> Any:
         return sampled(each) if each.filters else greedy()
     if isinstance(each, Beam):
         return Ranked(f"{each.width} beams", 64, each)
+    if isinstance(each, Speculate):
+        return drafted(each)
     if not hasattr(each, "run"):
         raise InputError(f"testing: {each!r} is no algorithm, as testing.greedy(), a sampler or kvjax.beam(4) is")
     return each
@@ -327,10 +378,12 @@ __all__ = [
     "Made",
     "Drawn",
     "Until",
+    "Drafted",
     "Ranked",
     "greedy",
     "sampled",
     "until",
+    "drafted",
     "beam",
     "as_algorithm",
     "table",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from kvjax.errors import KvjaxError
 from kvjax.testing import edits, moves, programs, promises, sources
 from kvjax.testing.cases import Case
+from kvjax.testing.drafts import same_with_drafts
 from kvjax.testing.sharded import sharded
 
 Check = Callable[[Case], object]
@@ -38,6 +39,7 @@ suite: list[Check] = [
     edits.edits,
     promises.same_tokens,
     promises.scan_is_the_step_loop,
+    same_with_drafts,
     moves.vmap,
     sharded,
     moves.gradients,

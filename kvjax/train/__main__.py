@@ -1,4 +1,4 @@
-"""`python -m kvjax.train lm | induction | seq2seq | eval`: train the bundled models, or measure one."""
+"""`python -m kvjax.train lm | draft | induction | seq2seq | eval`: train the bundled models, or measure one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ EXAMPLES = """examples:
       interrupt the same command goes on from the checkpoint
   python -m kvjax.train lm --text my.txt --out runs/my --steps 500 --width 96 --layers 4
       a smaller one, on another text
+  python -m kvjax.train draft shakespeare --out runs/shakespeare-draft
+      trains the bundled draft of that model (20 minutes on one core), on texts that the model writes
   python -m kvjax.train induction --out runs/induction
       trains the bundled model of the copying task (5 minutes on one core)
   python -m kvjax.train seq2seq --text ar2en-train.txt --out runs/ar2en
@@ -29,7 +31,7 @@ EXAMPLES = """examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from kvjax.train import induction, lm, seq2seq
+    from kvjax.train import draft, induction, lm, seq2seq
 
     parser = argparse.ArgumentParser(
         prog="python -m kvjax.train",
@@ -50,12 +52,18 @@ def _parser() -> argparse.ArgumentParser:
         for field in dataclasses.fields(settings):
             option = "--" + field.name.replace("_", "-")
             train.add_argument(option, type=type(field.default), default=field.default, help=f"default {field.default}")
+    drafting = commands.add_parser("draft", help="train a small Llama to guess what another says", **style)
+    drafting.add_argument("model", help="bundled name or directory of the model that it is for")
     copying = commands.add_parser("induction", help="train a tiny Llama to copy", **style)
-    copying.add_argument("--out", type=Path, required=True, help="directory of the checkpoint and of model/")
-    copying.add_argument("--quiet", action="store_true", help="no progress bar")
-    for name in induction.OPTIONS:
-        default = getattr(induction.SETTINGS, name)
-        copying.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
+    for train, options, plain in (
+        (drafting, draft.OPTIONS, draft.Settings()),
+        (copying, induction.OPTIONS, induction.SETTINGS),
+    ):
+        train.add_argument("--out", type=Path, required=True, help="directory of the checkpoint and of model/")
+        train.add_argument("--quiet", action="store_true", help="no progress bar")
+        for name in options:
+            default, option = getattr(plain, name), "--" + name.replace("_", "-")
+            train.add_argument(option, type=type(default), default=default, help=f"default {default}")
     measure = commands.add_parser("eval", help="loss on the end of a text, or errors on pairs", **style)
     measure.add_argument("model", nargs="?", default="shakespeare", help="bundled name or directory (shakespeare)")
     measure.add_argument("--text", type=Path, required=True, help="the text that the model was trained on, or pairs")
@@ -81,6 +89,14 @@ def _induction(args: argparse.Namespace) -> None:
     settings = dataclasses.replace(induction.SETTINGS, **{name: getattr(args, name) for name in induction.OPTIONS})
     progress = induction.train(args.out, settings, quiet=args.quiet)
     print(f"{progress.best_loss:.5f} nats per copied token at step {progress.best_step}: {args.out / 'model'}")
+
+
+def _draft(args: argparse.Namespace) -> None:
+    from kvjax.train import draft
+
+    settings = draft.Settings(**{name: getattr(args, name) for name in draft.OPTIONS})
+    progress = draft.train(args.model, args.out, settings, quiet=args.quiet)
+    print(f"{1 - progress.best_loss:.4f} of drawn tokens kept at step {progress.best_step}: {args.out / 'model'}")
 
 
 def _seq2seq(args: argparse.Namespace) -> None:
@@ -124,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; 0 on success, 1 on an error (one line on stderr), 130 on an interrupt."""
     args = _parser().parse_args(argv)
     try:
-        {"lm": _lm, "induction": _induction, "seq2seq": _seq2seq, "eval": _eval}[args.command](args)
+        {"lm": _lm, "draft": _draft, "induction": _induction, "seq2seq": _seq2seq, "eval": _eval}[args.command](args)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the checkpoint", file=sys.stderr)
         return 130

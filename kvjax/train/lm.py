@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ class Settings:
         """See `initial_state`."""
         return initial_state(self, vocab_size)
 
-    def train_block(self, vocab_size: int) -> Callable[[State, Array], tuple[State, Array]]:
+    def train_block(self, vocab_size: int) -> Callable[[State, Any], tuple[State, Array]]:
         """See `train_block`."""
         return train_block(self, vocab_size)
 
@@ -108,31 +109,36 @@ def loss(model: Model, tokens: Array) -> Array:
 
 
 @cache
-def train_block(settings: Settings, vocab_size: int) -> Callable[[State, Array], tuple[State, Array]]:
-    """The compiled `(state, batches [steps, batch, context + 1]) -> (state, losses [steps])`; donates the state."""
+def train_block(
+    settings: Settings, vocab_size: int, loss: Callable[[Model, Any], Array] = loss
+) -> Callable[[State, Any], tuple[State, Array]]:
+    """The compiled `(state, batches) -> (state, losses [steps])`; donates the state.
+
+    `batches` are arrays `[steps, batch, ...]`, and `loss` is a mean over the rows that it is given of each.
+    """
     config = settings.config(vocab_size)
     micros = settings.batch // settings.micro
 
-    def noisy_loss(params: Params, key: Array, tokens: Array) -> Array:
+    def noisy_loss(params: Params, key: Array, batch: Any) -> Array:
         if not settings.dropout:  # random bits that drop nothing cost a tenth of a step
-            return loss(decoder(config, params), tokens)
-        return loss(dropping(config, params, key, settings.dropout), tokens)
+            return loss(decoder(config, params), batch)
+        return loss(dropping(config, params, key, settings.dropout), batch)
 
-    def step(state: State, tokens: Array) -> tuple[State, Array]:
+    def step(state: State, batch: Any) -> tuple[State, Array]:
         key = jax.random.fold_in(jax.random.key(settings.seed + 1), state.step)
 
-        def micro(total: Params, part: tuple[Array, Array]) -> tuple[Params, Array]:
+        def micro(total: Params, part: tuple[Array, Any]) -> tuple[Params, Array]:
             value, grads = jax.value_and_grad(noisy_loss)(state.params, jax.random.fold_in(key, part[0]), part[1])
             return jax.tree.map(jnp.add, total, grads), value
 
-        rows = tokens.reshape(micros, settings.micro, -1)
+        rows = jax.tree.map(lambda x: x.reshape(micros, settings.micro, *x.shape[1:]), batch)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, values = jax.lax.scan(micro, zeros, (jnp.arange(micros), rows))
         grads = jax.tree.map(lambda g: g / micros, grads)
         return advance(settings, state, grads), jnp.mean(values)
 
     @partial(jax.jit, donate_argnums=0)
-    def run(state: State, batches: Array) -> tuple[State, Array]:
+    def run(state: State, batches: Any) -> tuple[State, Array]:
         return jax.lax.scan(step, state, batches)
 
     return run

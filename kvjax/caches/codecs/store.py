@@ -123,6 +123,13 @@ class Store(struct.Value):
             lambda x, heads, rest: storage.put(x, storage.pick(x, source, heads, rest, there), target, here)
         )
 
+    def change(self, slots: Array, f: Callable[[Array], Array], rows: Array | None = None) -> Any:
+        """What `slots[B, n]` hold, decoded, becomes what `f([B, n, K, D])` gives; a slot outside is dropped. `rows` as
+        for `write`."""
+        some = self.each(lambda x, heads, rest: storage.pack(storage.pick(x, slots, heads, rest, rows)))
+        x = some.unpacked().swapaxes(1, 2)  # [B, n, K, D]
+        return self.write(f(x.astype(jnp.promote_types(jnp.float32, x.dtype))), slots, slots, rows)
+
     def resize(self, slots: int) -> Any:
         """The same with another number of slots."""
         return self.each(lambda x, heads, rest: storage.resize(x, slots, rest))
