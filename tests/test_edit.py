@@ -20,6 +20,7 @@ from kvjax import CacheError, InputError, caches, codecs, costs, transformer
 from kvjax.caches.base import Node
 from kvjax.caches.flags import CAPACITY, COUNT, REWIND
 from kvjax.caches.ring import Ring
+from kvjax.checks import bucket
 from kvjax.loops import cone, decode, edit, rework
 from kvjax.ops.positions import Learned
 from kvjax.testing import Case, edits
@@ -433,6 +434,14 @@ def test_sync_runs_the_last_token_only_where_nothing_changed(monkeypatch):
     kvjax.sync(case.model, cache, *edits.padded([[*row[:9], 95 - row[9], *row[10:]] for row in texts]))
     assert (found[0].positions == 1).all() and found[1].cone is not None
     assert found[1].positions[:, 0].tolist() == [12, 12, 12]
+
+
+def test_the_rest_is_cut_into_few_buckets_with_little_to_spare():
+    for n in range(1, 3000, 7):
+        sizes, one = rework.cut(n), bucket(n)
+        assert all(size == bucket(size) for size in sizes) and sizes == sorted(sizes, reverse=True)
+        assert sum(sizes) >= n > sum(sizes[:-1]) and sum(sizes) + rework.CALL * (len(sizes) - 1) <= one
+        assert sum(sizes) - n < 16 + rework.CALL * np.log2(one / 16)
 
 
 def test_edits_of_one_bucket_share_their_programs_with_prefill_and_each_other():

@@ -23,8 +23,9 @@ from kvjax.model import Model
 from kvjax.transformer import apply_decoder, embed, final_norm
 from kvjax.types import Array
 
-SPARE = 32
-"""Columns that a chunk may have too many of rather than that another one runs."""
+CALL = 24
+"""What a call costs beside the columns that it computes, in columns: 5 ms and 0.23 (15M parameters, 2,048 slots, two
+cores)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,15 +121,13 @@ def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any, by: An
 
 
 def cut(count: int) -> list[int]:
-    """Sizes of the chunks that `count` positions are fed in: buckets of `prefill`, so that they compile nothing new,
-    with less than SPARE columns too many, or a sixteenth of all."""
-    sizes, spare = [], max(SPARE, count // 16)
-    while count > 0:
-        size = bucket(count)
-        size = size if size - count < spare or size == BUCKET else size // 2
-        sizes.append(size)
-        count -= size
-    return sizes
+    """Sizes of the chunks that `count` positions, at least one, are fed in: buckets of `prefill`, so that they compile
+    nothing new; as few columns as calls cost."""
+    size = bucket(count)
+    if size == BUCKET:
+        return [size]
+    parts = [size // 2, *cut(count - size // 2)]
+    return parts if sum(parts) + CALL * len(parts) < size + CALL else [size]
 
 
 class Programs(NamedTuple):
