@@ -306,6 +306,7 @@ JITTED = (
 )
 
 
+@pytest.mark.corner
 @pytest.mark.parametrize(("case", "model"), JITTED[1:2], ids=lambda x: getattr(x, "name", ""))
 def test_under_jit_an_edit_gives_what_it_gives_eagerly_and_flags_what_it_cannot_do(case, model):
     _under_jit(case, model)

@@ -31,8 +31,15 @@ def edit(
 
     What lies before `start` is kept. The rest of the text is fed again, in chunks of the sizes of `prefill`'s buckets,
     whose programs it shares. Layers that have lost what the rest must see (a ring beyond its slack) are filled again
-    from the tokens, L · (w - 1) positions further back; nothing is refused for it. A model with an `apply` of its own
-    is then fed from the beginning. Under `jit`, where the lengths are not known, there is one chunk, of the capacity.
+    from the tokens, up to L · (w - 1) positions further back; nothing is refused for it. A model with an `apply` of its
+    own is then fed from the beginning.
+
+    Where layers of this library see windows and keep every position, as many new tokens as old ones change layer l only
+    up to l · (w - 1) positions behind them: all others stay bitwise as they are, and the last token is fed again for
+    its logits. With a trace of every layer's input (`caches.hybrid()`, layer inputs) each layer runs on its own part
+    only. If only distances matter to the model and keys are kept un-turned, the text may also grow or shrink: what
+    follows moves, equal to rounding. All rows must allow it. This compiles once for each bucket of new tokens, and once
+    for the last one. Under `jit`, where lengths are not known, all from `start` on is one chunk, of the capacity.
 
     Args:
         model: any model.
