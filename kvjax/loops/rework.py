@@ -60,7 +60,7 @@ class Work:
 
     @property
     def positions(self) -> Any:
-        """`[L, B]` int32, positions of each row that each layer runs, but where a layer keeps nothing: then it is all of
+        """`[L, B]` int32, positions of each row that each layer runs; where a layer keeps nothing, it is all of
         them, in every layer."""
         if self.cone is None:
             return self.lengths - self.first
