@@ -14,7 +14,7 @@ from kvjax.lm import LM, load
 from kvjax.loops.beam import beam
 from kvjax.loops.conversation import Conversation
 from kvjax.loops.decode import decode, decode_until, prefill, step
-from kvjax.loops.drafters import draft_model, early_exit, prompt_lookup
+from kvjax.loops.drafters import Drafter, Drafts, draft_model, early_exit, prompt_lookup
 from kvjax.loops.edit import edit, sync
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import generate, stream
@@ -45,6 +45,8 @@ __all__ = [
     "CheckpointError",
     "Config",
     "Conversation",
+    "Drafter",
+    "Drafts",
     "Generated",
     "InputError",
     "KvjaxError",

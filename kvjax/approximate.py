@@ -278,7 +278,7 @@ def refresh(model: Model, cache: Cache, start: Any, count: Any) -> Approximated:
 
 def _check(name: str, cache: Cache) -> None:
     for layer, (node, kind) in enumerate(zip(cache.layers, cache.plan, strict=True)):
-        if not node.splices or node.max_rewind is not None:
+        if not node.patches:
             raise CacheError(
                 f"{name}: layer {layer} is kept by {kind}, which does not keep every token by itself; "
                 "kvjax.edit is exact, and for every kind"

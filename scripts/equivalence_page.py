@@ -79,8 +79,9 @@ no tokens: only that difference is stated, for greedy decoding.
 
 Columns: *greedy*; *sampled* at temperature 0.9; *penalties* with repetition and frequency penalties, no triple twice
 and top-p, all of which read the text; *stops* with four ids and two sequences that end a row, and a least length;
-*3 samples* of each prompt, which share it; *4 beams*, best text and score, no pair twice; the same with stops, a
-least length and another length penalty.
+*3 samples* of each prompt, which share it; *drafts*, greedy, looked up in the text, four at a time; *sampled drafts* of
+the model's own first layer, drawn with the same noise; *4 beams*, best text and score, no pair twice; the same with
+stops, a least length and another length penalty.
 
 ## Without an encoder
 

@@ -10,7 +10,7 @@ from models import FULL, GEMMA, LEARNED, MIXED, POST, POSTNORM, RELATIVE, WINDOW
 
 from kvjax import caches, codecs, testing
 from kvjax.caches import plans
-from kvjax.testing import contract, drafts, moves, programs, promises, sources
+from kvjax.testing import contract, drafts, edits, moves, programs, promises, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +213,7 @@ def of_sources() -> list[Case]:
 
 COSTLY = {
     drafts.same_with_drafts: ("ring", "paged"),
+    edits.edits: ("ring", "paged and shared"),
     moves.vmap: ("ring",),
     moves.gradients: ("ring",),
     contract.sharded: (),

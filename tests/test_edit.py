@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +21,27 @@ from kvjax.caches.base import Node
 from kvjax.caches.flags import CAPACITY, COUNT, REWIND
 from kvjax.caches.ring import Ring
 from kvjax.loops import cone, decode, edit, rework
+from kvjax.ops.positions import Learned
 from kvjax.testing import Case, edits
 from kvjax.testing.cases import bits
 from kvjax.timing import Compilations
 
 CASES = {case.name: case for case in (*kinds.cases(), *kinds.of_sources())}
-SCRIPTED = [CASES[name] for name in ("dense", "ring", "paged and shared")]
 DEEP = dataclasses.replace(WINDOWED, num_layers=3, windows=(WINDOW,) * 3)
 BELOW = dataclasses.replace(FULL, num_layers=4, windows=(WINDOW, 4, None, WINDOW))
 LENGTHS = np.array([90, 70, 40], np.int32)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.data(), st.sampled_from(SCRIPTED))
-def test_any_script_of_edits_leaves_the_cache_of_the_new_text(data, case):
-    edits.edits(case, lambda low, high: data.draw(st.integers(low, high)), count=2)
+FULL_ONLY = pytest.mark.full
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=() if name == "ring" else FULL_ONLY) for name, case in CASES.items()],
+)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_any_script_of_edits_leaves_the_cache_of_the_new_text_in_every_kind(case, data):
+def test_any_script_of_edits_leaves_the_cache_of_the_new_text(case, data):
     edits.edits(case, lambda low, high: data.draw(st.integers(low, high)), count=2)
 
 
@@ -65,11 +63,10 @@ def an_edit(start, stop, valid, seed=4):
 
 def planned(case, cache, each):
     """What an edit would run."""
-    same = each.valid == each.stop - each.start
-    lengths = (np.asarray(cache.lengths) - (each.stop - each.start) + each.valid).astype(np.int32)
-    idle = (each.start == each.stop) & (each.valid == 0)
-    start = np.where(idle, lengths, each.start).astype(np.int32)
-    return rework.plan(case.model, cache, start, np.where(same & ~idle, each.stop, lengths).astype(np.int32), lengths)
+    by = each.valid - (each.stop - each.start)
+    lengths = np.asarray(cache.lengths) + by
+    start = np.where((each.start == each.stop) & (each.valid == 0), lengths, each.start)
+    return rework.plan(case.model, cache, start, start + each.valid, lengths, by)
 
 
 def counted(case, cache, each):
@@ -110,9 +107,8 @@ WINDOWED_CASES = (
     Case("shared prefix", caches.shared_prefix(), DEEP),
     Case("beside a source", caches.dense(), dataclasses.replace(kinds.RELATIVE, windows=(WINDOW, WINDOW))),
 )
-QUICK = ("dense", "hybrid below a layer that sees everything")
+QUICK = ("dense",)
 REPLACED = (an_edit([3, 3, 3], [4, 4, 4], 1), an_edit([40, 69, 8], [47, 70, 8], [7, 1, 0]))
-FULL_ONLY = pytest.mark.full
 each_windowed = pytest.mark.parametrize(
     "case",
     [pytest.param(c, id=c.name, marks=() if c.name in QUICK else pytest.mark.full) for c in WINDOWED_CASES],
@@ -158,11 +154,11 @@ def test_a_trace_runs_about_half_of_the_cone():
         ]
         assert least < sum(found[1]) / sum(found[0]) < most
     traced = Case("layer input", caches.layer_input(), DEEP)
-    found = [planned(c, text(c)[1], each).positions[:, 0].tolist() for c in (case, traced)]
-    assert found == [[12, 12, 12], [7, 12, 12]]
+    works = [planned(c, c.empty().replace(lengths=LENGTHS), each) for c in (case, traced)]
+    assert [work.positions[:, 0].tolist() for work in works] == [[12, 12, 12], [7, 12, 12]]
 
 
-RINGS = Case("rings", caches.ring(WINDOW, slack=2), DEEP, slack=2)
+RINGS = Case("rings", caches.ring(WINDOW, slack=2), WINDOWED, slack=2)
 MIXED_RINGS = Case("ring below dense", (caches.ring(WINDOW, slack=2), *(caches.dense(),) * 2), DEEP, slack=2)
 ANYWHERE = (an_edit([3, 69, 0], [9, 70, 40], [2, 1, 3]), an_edit([89, 10, 40], [90, 10, 40], [1, 3, 0]))
 
@@ -177,26 +173,60 @@ ANYWHERE = (an_edit([3, 69, 0], [9, 70, 40], [2, 1, 3]), an_edit([89, 10, 40], [
 )
 def test_an_edit_of_long_rows_is_refused_nowhere_and_runs_what_the_costs_say(case, each):
     texts, cache = text(case)
-    work = planned(case, cache, each)
-    (logits, after), ran = counted(case, cache, each)
+    logits, after = kvjax.edit(case.model, cache, *each)
     edits.as_fresh(case, np.asarray(logits), after.check(), each.of(texts))
-    rings = [(WINDOW, 2) if i == 0 or case is RINGS else None for i in range(3)] if case.slack else None
-    for row, n in enumerate(LENGTHS.tolist()):
-        numbers = {"length": n, "start": int(each.start[row]), "stop": int(each.stop[row]), "new": int(each.valid[row])}
-        want = costs.edit_positions(DEEP.windows, rings=rings, **numbers)
-        assert work.positions[:, row].tolist() == ran[:, row].tolist() == list(want)
+    kept = [kind.slack + WINDOW if hasattr(kind, "slack") else None for kind in case.empty().plan]
+    rings = [None if x is None else (WINDOW, x - WINDOW) for x in kept]
+    assert planned(case, cache, each).positions.tolist() == predicted(case, each, rings=rings)
 
 
-@pytest.mark.parametrize("recorded", [False, pytest.param(True, marks=FULL_ONLY)])
-def test_a_cone_runs_what_the_costs_say(recorded):
-    case = WINDOWED_CASES[2 if recorded else 0]
-    _, cache = text(case)
-    _, ran = counted(case, cache, REPLACED[0])
-    for row, n in enumerate(LENGTHS.tolist()):
-        numbers = {"length": n, "start": 3, "stop": 4, "new": 1, "recorded": recorded, "shown": recorded}
-        want = costs.edit_positions(DEEP.windows, **numbers)
-        assert ran[:, row].tolist() == list(want)
-        assert sum(want) < 3 * (n - 3) and sum(costs.edit_positions((None,) * 3, **numbers)) == 3 * (n - 3)
+def predicted(case, each, **more):
+    """`[L][B]`, what `costs` says."""
+    rows = zip(LENGTHS.tolist(), *(x.tolist() for x in (each.start, each.stop, each.valid)), strict=True)
+    found = [
+        costs.edit_positions(case.config.windows, length=n, start=a, stop=b, new=new, **more) for n, a, b, new in rows
+    ]
+    return [list(row) for row in zip(*found, strict=True)]
+
+
+COUNTED = (
+    (RINGS, ANYWHERE[0], {"rings": [(WINDOW, 2)] * 2}),
+    (WINDOWED_CASES[0], REPLACED[0], {}),
+    (WINDOWED_CASES[0], ANYWHERE[0], {}),
+    (WINDOWED_CASES[2], REPLACED[0], {"recorded": True, "shown": True}),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "each", "more"), [pytest.param(*x, marks=() if x is COUNTED[1] else FULL_ONLY) for x in COUNTED]
+)
+def test_what_runs_is_what_the_costs_say_counted_on_the_device(case, each, more):
+    _, ran = counted(case, text(case)[1], each)
+    assert ran.tolist() == predicted(case, each, **more)
+    assert ran.tolist() != predicted(dataclasses.replace(case, config=FULL), each), "the count tells nothing"
+
+
+MOVED = (
+    WINDOWED_CASES[7],
+    WINDOWED_CASES[4],
+    Case("hybrid of keys un-rotated", caches.hybrid(caches.dense(rotated=False)), DEEP),
+    WINDOWED_CASES[-1],
+)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=FULL_ONLY) for case in MOVED], ids=lambda case: case.name)
+def test_what_follows_moves_where_it_does_not_depend_on_its_place(case):
+    texts, cache = text(case)
+    for each in (an_edit([20, 3, 3], [20, 8, 4], [3, 1, 1]), an_edit([2, 30, 10], [9, 30, 10], [0, 2, 0])):
+        work = planned(case, cache, each)
+        assert work.cone is not None and work.cone.by is not None
+        logits, after = kvjax.edit(case.model, cache, *each)
+        edits.as_fresh(case, np.asarray(logits), after.check(), each.of(texts))
+        sites = {"recorded": case in MOVED[1:3], "shown": case is MOVED[2]}
+        assert work.positions.tolist() == predicted(case, each, moved=True, **sites)
+    turned, learned = WINDOWED_CASES[0], dataclasses.replace(DEEP, positions=Learned(96))
+    for other in (turned, Case("learned", caches.dense(rotated=False), learned)):
+        assert planned(other, text(other)[1], an_edit(3, 3, 1)).cone is None
 
 
 # ---------------------------------------------------------------- negative controls
@@ -214,17 +244,13 @@ def breaks(case, each):
 
 
 def test_an_edit_that_leaves_the_rest_as_it_is_would_be_seen(monkeypatch):
-    def spliced(*arguments):  # the new tokens alone are fed, and then the last one
-        work = rework.plan(*arguments)
-        return dataclasses.replace(work, cone=shorter(cone.cone_of(*arguments), work.start, np.inf))
-
-    case, each = Case("full", caches.dense(), FULL), an_edit(20, 21, 1)
-    assert not breaks(case, each)
-    monkeypatch.setattr(edit, "rework", SimpleNamespace(**vars(rework) | {"plan": spliced}))
-    assert breaks(case, each)
+    case = WINDOWED_CASES[0]
+    assert not breaks(case, REPLACED[0])
+    monkeypatch.setattr(rework, "cone_of", lambda *given: shorter(cone.cone_of(*given), 10**6))
+    assert breaks(case, REPLACED[0])
 
 
-def shorter(found, start, by):
+def shorter(found, by):
     """A cone whose layers stop too early, but for the first."""
     cut = np.maximum(found.until[1:] - by, found.until[:1])
     return found._replace(until=np.concatenate([found.until[:1], cut]).astype(np.int32))
@@ -233,7 +259,7 @@ def shorter(found, start, by):
 def test_a_cone_one_too_short_would_be_seen(monkeypatch):
     case = WINDOWED_CASES[0]
     assert not breaks(case, REPLACED[0])
-    monkeypatch.setattr(rework, "cone_of", lambda *given: shorter(cone.cone_of(*given), given[2], 1))
+    monkeypatch.setattr(rework, "cone_of", lambda *given: shorter(cone.cone_of(*given), 1))
     assert breaks(case, REPLACED[0])
 
 
@@ -241,7 +267,7 @@ def test_a_ring_filled_without_what_its_windows_see_would_be_seen(monkeypatch):
     assert not breaks(RINGS, ANYWHERE[0])
     again = Ring.again
     with monkeypatch.context() as patch:  # nor what the layer above must be given
-        patch.setattr(Ring, "again", lambda self, wanted, *given: again(self, wanted + 1, *given))
+        patch.setattr(Ring, "again", lambda self, wanted, *given: again(self, wanted + 2, *given))
         assert breaks(RINGS, ANYWHERE[0])
     monkeypatch.setattr(Ring, "again", Node.again)  # from the beginning: right, and dearer
     assert not breaks(RINGS, ANYWHERE[0])
@@ -255,6 +281,7 @@ def of_ids(cache):
     return [np.asarray(cache.tokens)[row, :n].tolist() for row, n in enumerate(np.asarray(cache.lengths))]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("plan", [caches.dense(), (caches.ring(6, slack=2), caches.dense())], ids=["dense", "ring"])
 def test_a_model_of_one_s_own_is_edited_too(plan):
     ids = prompt_ids(5, 3, 16) % 50
@@ -312,7 +339,7 @@ def _under_jit(case, model):
 
 def test_what_cannot_be_edited_is_an_error_that_names_row_and_numbers():
     case = CASES["dense"]
-    cache, one = case.filled()[1], np.array([1])
+    cache, one = case.empty().replace(lengths=jnp.array([16, 7, 1])), np.array([1])
     wrong = (
         (InputError, "row 1 has start 3, it must lie between 0 and its stop 2", ([0, 3, 0], [0, 2, 0], None)),
         (InputError, "row 0 has start -1", (-1, 0, None)),
@@ -331,9 +358,10 @@ def test_what_cannot_be_edited_is_an_error_that_names_row_and_numbers():
         kvjax.edit(case.model, None, 0, 0)
     learned = kinds.TABLE[caches.layer_input][1]
     with pytest.raises(CacheError, match="the model has 96 positions"):
-        kvjax.edit(learned.model, learned.filled()[1].resize(192), 0, 0, np.zeros(81, int))
+        kvjax.edit(learned.model, learned.empty(capacity=192), 0, 0, np.zeros(97, int))
 
 
+@pytest.mark.full
 def test_pages_that_run_out_are_an_error_and_nothing_is_lost():
     case = CASES["paged"].but(CASES["paged"].scarce)
     cache = case.filled()[1]
@@ -344,9 +372,8 @@ def test_pages_that_run_out_are_an_error_and_nothing_is_lost():
     assert kvjax.edit(case.model, cache, 0, 1, [5])[1].check().lengths.tolist() == [16, 7, 1]
 
 
-@pytest.mark.parametrize(
-    "case", [CASES["paged and shared"], pytest.param(WINDOWED_CASES[6], marks=FULL_ONLY)], ids=lambda x: x.name
-)
+@pytest.mark.full
+@pytest.mark.parametrize("case", [CASES["paged and shared"], WINDOWED_CASES[6]], ids=lambda case: case.name)
 def test_other_branches_of_a_fork_are_unharmed(case):
     _, cache = text(case) if case.config is DEEP else case.filled()
     both = cache.take([0, 0, 1])
@@ -363,6 +390,7 @@ def test_other_branches_of_a_fork_are_unharmed(case):
             np.testing.assert_array_equal(old[name][:, :kept], new[name][:, :kept])
 
 
+@pytest.mark.full
 def test_what_rows_share_is_not_edited_and_what_follows_it_is():
     case = CASES["ring"]
     model, prefix = case.model, prompt_ids(2, 1, 16)
@@ -408,26 +436,28 @@ def test_sync_runs_the_last_token_only_where_nothing_changed(monkeypatch):
 
 
 def test_edits_of_one_bucket_share_their_programs_with_prefill_and_each_other():
-    case = Case("full", caches.dense(), FULL)
-    texts, cache = text(case)
-    kvjax.edit(case.model, cache, 10, 10, [1])  # chunks of 64 and 32, as the prompts of the tests above
+    case = WINDOWED_CASES[0]
+    cache = text(case)[1]
+    kvjax.edit(case.model, cache, 10, 10, [1])  # in chunks of 64 and 32
     with Compilations() as made:
         for start, new in ((12, [1, 2]), (9, [3]), (10, None)):
             kvjax.edit(case.model, cache, start, start + 1, new)
     assert made.count == 0
-    kvjax.edit(*(WINDOWED_CASES[0].model, text(WINDOWED_CASES[0])[1]), *REPLACED[0])
+    kvjax.edit(case.model, cache, *REPLACED[0])
     with Compilations() as made:
         for start in (5, 20, 24):
-            kvjax.edit(*(WINDOWED_CASES[0].model, text(WINDOWED_CASES[0])[1]), start, start + 2, [1, start])
+            kvjax.edit(case.model, cache, start, start + 2, [1, start])
     assert made.count == 0, "one program for the cone of up to 16 tokens, and one for the last token"
     with Compilations() as made:
-        kvjax.edit(*(WINDOWED_CASES[0].model, text(WINDOWED_CASES[0])[1]), 3, 20, np.arange(17))
+        kvjax.edit(case.model, cache, 3, 20, np.arange(17))
     assert made.count == 1, "another bucket"
 
 
+@pytest.mark.full
 def test_the_donating_twin_gives_the_same_and_uses_its_cache_up():
-    for case, each in ((CASES["dense"], an_edit(0, 1, 1)), (WINDOWED_CASES[0], REPLACED[0])):
-        cache = case.filled()[1] if case.config is not DEEP else text(case)[1]
+    case = WINDOWED_CASES[0]
+    cache = text(case)[1]
+    for each in (REPLACED[0], ANYWHERE[0]):
         (want, one), mine = kvjax.edit(case.model, cache, *each), jax.tree.map(jnp.copy, cache)
         got, other = kvjax.donating.edit(case.model, mine, *each)
         np.testing.assert_array_equal(got, want)

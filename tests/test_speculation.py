@@ -17,7 +17,7 @@ import kvjax
 from kvjax import CacheError, InputError, caches, codecs, sampling, struct
 from kvjax.caches.loosening import loosened
 from kvjax.loops import speculative
-from kvjax.loops.drafters import Drafter, DraftModel, Drafts
+from kvjax.loops.drafters import DraftModel
 from kvjax.timing import Compilations
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -51,7 +51,7 @@ def same(out, want, error=1e-5):
 
 
 @struct.node
-class Nonsense(Drafter):
+class Nonsense(kvjax.Drafter):
     """The same id for ever, and ids that do not exist."""
 
     token: jax.Array
@@ -60,7 +60,7 @@ class Nonsense(Drafter):
 
     def propose(self, model, cache, state, tokens, most, active, drafted, choose):
         said = jnp.full((cache.batch, drafted), self.token).at[:, 2:].set(1000)
-        return Drafts(said, None, state)
+        return kvjax.Drafts(said, None, state)
 
 
 @struct.node

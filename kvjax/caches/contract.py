@@ -89,13 +89,16 @@ class Node(struct.Value):
     replays = False
     """Whether the layer keeps nothing, so that every call must feed the whole text again."""
 
-    splices = False
-    """Whether what it keeps of tokens may be moved to any other places: `move` and `turn` (`kvjax.approximate`)."""
-
     @property
     def patches(self) -> bool:
-        """Whether a piece in the middle can be computed anew, and the rest stays: it keeps every position in a place of
-        its own, and of the new ones what `Span.kept` says."""
+        """Whether a piece in the middle can be computed anew, or moved, and the rest stays: every position has a
+        place of its own, and of the new ones it keeps what `Span.kept` says."""
+        return False
+
+    @property
+    def shifts(self) -> bool:
+        """Whether what it keeps of a token is the same wherever in the text that stands, if only distances matter to
+        the model: then `move` can make room in the middle, or close it."""
         return False
 
     @property

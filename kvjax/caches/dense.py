@@ -31,12 +31,15 @@ class Dense(Node):
     capacity: int = struct.static()
     rotated: bool = struct.static()
 
-    splices = True
-
     @property
     def patches(self) -> bool:
         """See `Node`."""
         return self.max_rewind is None
+
+    @property
+    def shifts(self) -> bool:
+        """See `Node`."""
+        return not self.rotated
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Dense]:
         """See `Node`."""

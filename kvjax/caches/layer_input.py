@@ -39,12 +39,15 @@ class LayerInput(Node):
     capacity: int = struct.static()
     chained: bool = struct.static()
 
-    splices = True
-
     @property
     def patches(self) -> bool:
         """See `Node`."""
         return self.max_rewind is None
+
+    @property
+    def shifts(self) -> bool:
+        """See `Node`."""
+        return True
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Any]:
         """See `Node`. All that is kept is projected, the new tokens too: what attention reads does not depend on how

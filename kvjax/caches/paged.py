@@ -36,12 +36,15 @@ class Paged(Node):
     v: Any
     rotated: bool = struct.static()
 
-    splices = True
-
     @property
     def patches(self) -> bool:
         """See `Node`."""
         return self.max_rewind is None
+
+    @property
+    def shifts(self) -> bool:
+        """See `Node`."""
+        return not self.rotated
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Paged]:
         """See `Node`."""

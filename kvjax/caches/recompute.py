@@ -33,7 +33,7 @@ class Recompute(Node):
     causal: bool = struct.static(default=True)
 
     replays = True
-    splices = True  # nothing is kept: only the container's tokens move
+    patches = True  # nothing is kept: only the container's tokens move
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Recompute]:
         """See `Node`."""

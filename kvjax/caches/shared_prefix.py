@@ -60,11 +60,6 @@ class SharedPrefix(Node):
         own = (x - common.base for x in (wanted, start, lengths, written))
         return self.suffix.again(*own, common.suffix) + common.base
 
-    @property
-    def splices(self) -> bool:  # type: ignore[override]
-        """That of the suffix; `Prefix` refuses what lies before it."""
-        return self.suffix.splices
-
     def onward(self, kind: Any, shared: Any) -> tuple[Any, Any, dict[str, Any]]:
         """See `Node`."""
         return self.suffix, kind.suffix, shared["prefix"].suffix

@@ -52,9 +52,9 @@ class Traced(Node):
         return self.inner.again(wanted.clip(None, start), start, lengths, written, shared)
 
     @property
-    def splices(self) -> bool:  # type: ignore[override]
-        """That of the kind inside."""
-        return self.inner.splices
+    def shifts(self) -> bool:
+        """See `Node`."""
+        return self.inner.shifts
 
     def extend(self, h: Any, project: Project, span: Span, shared: Any) -> tuple[tuple[View, ...], Traced]:
         """See `Node`."""

@@ -36,6 +36,7 @@ GENERATE = """examples:
   kvjax generate "Once" --model ./stories260K --seed 7 --top-p 0.9   a Hugging Face folder
   kvjax generate "ROMEO:" --cache 'ring(128, sinks=4)'               memory that does not grow
   kvjax generate "ROMEO:" --stop JULIET: --samples 3                 three texts, each up to a name
+  kvjax generate "ROMEO:" --draft shakespeare-draft                  several tokens a call, the same law
   kvjax generate --prompt-file scene.txt --json                      one JSON object
   cat scene.txt | kvjax generate -                                   the prompt from standard input
 
@@ -127,6 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be given more than once")
     add("--samples", type=_whole(1), default=1, metavar="N", help="texts, with seeds S, S + 1, … (default 1)")
     add("--logprobs", type=_whole(0), metavar="K", help="with --json: log-probabilities, also of the K most probable")
+    drafts = generate.add_mutually_exclusive_group()
+    drafts.add_argument("--draft", metavar="MODEL", help="a smaller model drafts several tokens for each call")
+    what = "what followed the same N tokens earlier drafts (default 3)"
+    drafts.add_argument("--lookup", type=_whole(1), nargs="?", const=3, metavar="N", help=what)
+    drafts.add_argument("--early-exit", type=_whole(1), metavar="L", help="the model's own first L layers draft")
     add("--json", action="store_true", help="one JSON object instead of text and figures")
     _common(generate, write_text.run)
 

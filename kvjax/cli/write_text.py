@@ -13,8 +13,10 @@ from typing import Any
 from kvjax import sampling
 from kvjax.errors import InputError
 from kvjax.lm import LM, load
+from kvjax.loops.drafters import draft_model, early_exit, prompt_lookup
 from kvjax.loops.generated import Generated
 from kvjax.loops.host import Stream, stream
+from kvjax.loops.speculative import Speculated, speculate
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
         "stop": args.stop,
         "samples": args.samples,
         "logprobs": args.logprobs,
+        "algorithm": algorithm_of(args),
     }
     pieces = stream(lm, [lm.encode(prompt)], **options)
     out = _shown(pieces) if args.samples == 1 and not args.json else _finished(pieces)
@@ -86,6 +89,15 @@ def sampler_of(args: argparse.Namespace) -> Any:
     return sampling.chain(*filters)
 
 
+def algorithm_of(args: argparse.Namespace) -> Any:
+    """Speculation where drafts are asked for, else None."""
+    if args.draft is not None:
+        return speculate(draft_model(load(args.draft, dtype=args.dtype)))
+    if args.lookup is not None:
+        return speculate(prompt_lookup(args.lookup))
+    return None if args.early_exit is None else speculate(early_exit(args.early_exit))
+
+
 def report(lm: LM, out: Generated, loaded: float) -> dict[str, Any]:
     """What `--json` prints; of several samples, `samples` has each, and the rest is of the first."""
     each = [_sample(out, row) for row in range(len(out.stop))]
@@ -96,7 +108,14 @@ def report(lm: LM, out: Generated, loaded: float) -> dict[str, Any]:
         **({"samples": each} if len(each) > 1 else {}),
         "timings": {"load": loaded, **dataclasses.asdict(out.timings), "tokens_per_second": _speed(out)},
         "cache_bytes": out.cache.nbytes,
+        **({} if out.speculated is None else {"drafts": _drafts(out.speculated)}),
     }
+
+
+def _drafts(made: Speculated) -> dict[str, Any]:
+    kept, tested, calls = (int(x.sum()) for x in (made.kept, made.tested, made.calls))
+    tokens = made.tokens_per_call if calls else None
+    return {"kept": kept, "tested": tested, "calls": calls, "tokens_per_call": tokens}
 
 
 def _sample(out: Generated, row: int) -> dict[str, Any]:
@@ -146,10 +165,13 @@ def _speed(out: Generated) -> float | None:
 
 
 def _figures(out: Generated) -> str:
-    speed = _speed(out)
+    speed, drafts = _speed(out), ""
+    if out.speculated is not None and (tested := int(out.speculated.tested.sum())):
+        kept, each = int(out.speculated.kept.sum()), out.speculated.tokens_per_call
+        drafts = f"{kept:,} of {tested:,} drafts kept, {each:.2f} tokens a call, "
     return (
         f"{len(out.prompts[0]):,} prompt tokens, {out.lengths.sum():,} new ({', '.join(dict.fromkeys(out.stop))}), "
-        f"compile {out.timings.compile:.2f} s, prefill {out.timings.prefill:.3f} s, "
+        f"{drafts}compile {out.timings.compile:.2f} s, prefill {out.timings.prefill:.3f} s, "
         f"{'-' if speed is None else f'{speed:,.0f}'} tokens/s, cache {out.cache.nbytes:,} bytes"
     )
 

@@ -21,6 +21,7 @@ def edit_positions(
     rings: Sequence[Ring | None] | None = None,
     recorded: bool = False,
     shown: bool = False,
+    moved: bool = False,
 ) -> tuple[int, ...]:
     """Positions that each layer computes when `start:stop` of a text becomes `new` tokens.
 
@@ -36,6 +37,8 @@ def edit_positions(
         rings: for each layer what its ring keeps, or None where everything is kept; None for no rings.
         recorded: whether the input of every layer is (a trace, or layer inputs).
         shown: whether what the last layer gives is recorded, too.
+        moved: whether what is kept does not depend on where it stands (keys that are not turned, or layer inputs, and
+            positions that are relative): then what follows moves, whatever is put in its place.
     """
     layers, end = len(windows), length - (stop - start) + new
     if not end:
@@ -50,9 +53,9 @@ def edit_positions(
         wanted = at
         first.append(at)
     rest = tuple(end - at for at in reversed(first))
-    if stop - start != new or any(rings or ()):
+    if (stop - start != new and not moved) or any(rings or ()):
         return rest
-    until = [stop]
+    until = [start + new]
     for window in windows:
         until.append(end if window is None else min(until[-1] + window - 1, end))
     runs = [until[-1] if shown else until[-2]]

@@ -1,7 +1,8 @@
-"""The cone: what tokens that are replaced by as many can change where layers see a window only, and what runs for it.
+"""The cone: what an edit can change where layers see a window only, and what runs for it.
 
-Layer l, counted from 0, keeps other keys and values from the first replaced token on, up to l · (w - 1) positions after
-the last; all others stay bitwise as they are. Where what lies beyond is recorded, each layer runs on its own part only.
+Layer l, counted from 0, keeps other keys and values from the first new token on, up to l · (w - 1) positions after the
+last; all others stay bitwise as they are. Where what lies beyond is recorded, each layer runs on its own part only.
+Where the text grows or shrinks, what lies beyond moves, if what is kept does not depend on where it stands.
 """
 
 from __future__ import annotations
@@ -32,19 +33,28 @@ class Cone(NamedTuple):
         ends: `[L, B]` int32, up to where each layer runs.
         sizes: columns of each layer, padding among them: those of any edit of as many tokens.
         sources: of which layers the input beyond what changes is recorded.
+        by: `[B]` int32, by how much what lies beyond moves; None where nothing does.
     """
 
     until: np.ndarray
     ends: np.ndarray
     sizes: tuple[int, ...]
     sources: tuple[bool, ...]
+    by: np.ndarray | None
 
 
-def cone_of(model: Model, cache: Cache, start: np.ndarray, stop: np.ndarray, lengths: np.ndarray) -> Cone | None:
-    """What replacing `start:stop` of texts of `lengths` can change, `[B]` each and the model of the library's layers;
-    None where a layer does not keep all that the others must see."""
+def cone_of(
+    model: Model, cache: Cache, start: np.ndarray, stop: np.ndarray, lengths: np.ndarray, by: np.ndarray
+) -> Cone | None:
+    """What new tokens at `start:stop` of texts that have `lengths` then, `[B]` each, can change; the model has the
+    library's layers. None where a layer does not keep all that the others must see, or cannot move it by `by[B]`."""
     if cache.replays or not all(node.patches for node in cache.layers):
         return None
+    if by.any():
+        turns = zip(model.config.turns, cache.layers, strict=True)
+        fixed = (not turn.relative or (turn.rotates and not node.shifts) for turn, node in turns)
+        if any(fixed) or not model.config.positions.relative or not all(x.still for x in cache.shared.values()):
+            return None
     until, columns = [stop.astype(np.int64)], [bucket(max(int((stop - start).max()), 1))]
     most = bucket(max(int((lengths - start).max()), 1))
     for own, node in zip(model.config.windows, cache.layers, strict=True):
@@ -57,7 +67,13 @@ def cone_of(model: Model, cache: Cache, start: np.ndarray, stop: np.ndarray, len
     sources = tuple(i > 0 and [x.dtype for x in jax.tree.leaves(x)] == [dtype] for i, x in enumerate(kept))
     shows = type(cache.layers[-1]).record is not Node.record
     ends, sizes = _down(until, sources, shows, np.maximum), _down(columns, sources, shows, max)
-    return Cone(np.stack(until).astype(np.int32), np.stack(ends).astype(np.int32), tuple(sizes), sources)
+    return Cone(
+        np.stack(until).astype(np.int32),
+        np.stack(ends).astype(np.int32),
+        tuple(sizes),
+        sources,
+        by if by.any() else None,
+    )
 
 
 def _down(levels: list[Any], sources: tuple[bool, ...], shows: bool, larger: Any) -> list[Any]:
@@ -75,12 +91,15 @@ def _cone(
     start: Array,
     until: Array,
     ends: Array,
+    by: Array | None,
     *,
     sizes: tuple[int, ...],
     sources: tuple[bool, ...],
 ) -> Cache:
-    # start [B], until [L + 1, B], ends [L, B]; `cache.tokens` is the new text
+    # start [B], until [L + 1, B], ends [L, B], by [B]; `cache` has the tokens and the lengths of the new text
     c, params = model.config, model.params
+    if by is not None:
+        cache = cache.replace(layers=tuple(_moved(cache, i, until[i], by) for i in range(c.num_layers)))
     opened = OpenCache(cache.layers, cache.shared, Span(start, ends[0] - start, start[:, None]))
     x: Any = None
     for i, size in enumerate(sizes):
@@ -100,6 +119,15 @@ def _cone(
         turn = Rotation.of_layers(params, c, here, x.dtype)[i]
         x, opened = decoder_layer(params["layers"][str(i)], c, x, opened, i, turn)
     return cache.replace(layers=opened.layers)
+
+
+def _moved(cache: Cache, layer: int, first: Array, by: Array) -> Node:
+    """The layer with what lies from `first[B]` on where it stood `by[B]` before; gathers."""
+    at = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :]
+    there = (at >= first[:, None]) & (at < cache.lengths[:, None]) & (by != 0)[:, None]
+    source = jnp.clip(at - by[:, None], 0, cache.capacity - 1)
+    node: Node = cache.layers[layer].move(source, jnp.where(there, at, EMPTY), cache.shared)
+    return node
 
 
 _STATIC = ("sizes", "sources")
@@ -123,7 +151,7 @@ def run(model: Model, cache: Cache, start: np.ndarray, cone: Cone, program: Any)
             raise CacheError(f"edit: row {row} from {start[row]} on: {meaning(int(refused[row]))}")
         layers = tuple(node.rewind(cache.lengths, cache.shared, shared) for node in cache.layers)
         cache = cache.replace(layers=layers, shared=shared)
-    return program(model, cache, start, cone.until, cone.ends, sizes=cone.sizes, sources=cone.sources)
+    return program(model, cache, start, cone.until, cone.ends, cone.by, sizes=cone.sizes, sources=cone.sources)
 
 
 __all__ = ["Cone", "cone_of", "run", "VALUE", "DONATING"]

@@ -73,9 +73,7 @@ def edit(
     stop = numeric.where((start < stop) | (valid > 0), stop, lengths)
     more = valid - (stop - start)
     text = _spliced(numeric, old, new, start, valid, more)
-    ends = lengths + more
-    stop = numeric.where(more == 0, stop, ends)
-    work = rework.plan(model, cache, *(x.astype(np.int32) for x in (start, stop, ends)))
+    work = rework.plan(model, cache, *(x.astype(np.int32) for x in (start, start + valid, lengths + more, more)))
     return rework.run(model, cache.replace(flags=flags), text, work, _run)
 
 

@@ -23,7 +23,7 @@ from kvjax.model import Model
 from kvjax.transformer import apply_decoder, embed, final_norm
 from kvjax.types import Array
 
-SPARE = 16
+SPARE = 32
 """Columns that a chunk may have too many of rather than that another one runs."""
 
 
@@ -85,9 +85,9 @@ def least(cache: Cache) -> Any:
     return np.asarray(most) if is_concrete(most) else most
 
 
-def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any) -> Work:
-    """What must run again where texts differ from `start[B]` on and have `lengths[B]` tokens in the end; up to
-    `stop[B]` where what follows is and stands as it was, else all that follows.
+def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any, by: Any) -> Work:
+    """What must run again where texts differ in `start:stop`, `[B]` each, and have `lengths[B]` tokens in the end; what
+    follows has moved by `by[B]`.
 
     From the last layer down: what a layer must give decides what it takes in, and that is what the one below must give.
     """
@@ -114,7 +114,7 @@ def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any) -> Wor
     by_layer &= bool((begins != begins.min(0)).any()) if host else cache.max_rewind is not None
     written = numeric.where(anew, lengths, numeric.maximum(written, lengths)).astype(numeric.int32)
     work = Work(start, lengths, begins, written, None, by_layer)
-    cone = cone_of(model, cache, start, stop, lengths) if host and own(model) else None
+    cone = cone_of(model, cache, start, stop, lengths, by) if host and own(model) else None
     with_cone = dataclasses.replace(work, cone=cone)
     return with_cone if cone is not None and with_cone.positions.sum() < work.positions.sum() else work
 
@@ -196,6 +196,7 @@ def run(model: Model, cache: Cache, text: Any, work: Work, programs: Programs) -
     numeric: Any = np if host else jnp
     cache = cache.replace(tokens=jnp.asarray(text))
     if work.cone is not None:
+        cache = cache.replace(lengths=jnp.asarray(work.lengths), written=jnp.asarray(work.written))
         return _last(model, cones.run(model, cache, work.start, work.cone, programs.cone), work, programs)
     begin, count = work.begin, work.count
     keep = numeric.minimum(work.start, work.lengths if work.by_layer else begin)

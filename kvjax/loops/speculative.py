@@ -118,7 +118,8 @@ def speculate(drafter: Drafter, *, drafted: int | None = None, same_tokens: bool
     other rows. `same_tokens` and a fixed `drafted` exclude that.
 
     Args:
-        drafter: `kvjax.prompt_lookup()`, `kvjax.draft_model(…)`, `kvjax.early_exit(…)`, or one of your own.
+        drafter: `kvjax.prompt_lookup()`, `kvjax.draft_model(…)`, `kvjax.early_exit(…)`, or a `kvjax.Drafter` of your
+            own.
         drafted: γ, drafts of a call: 1, 2, 4 or 8, a program each; None chooses by measured acceptance.
         same_tokens: model and draft draw with the same noise, and a draft is kept where both gave the same: tokens are
             those without speculation, for every sampler; fewer are kept, at least (1 - d) / (1 + d) where rejection

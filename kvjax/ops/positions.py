@@ -100,6 +100,9 @@ class Positions:
     rotates = False
     """Whether queries and keys are turned."""
 
+    relative = False
+    """Whether only distances between tokens matter, not where the text begins."""
+
     def shapes(self, width: int, heads: int) -> dict[str, tuple[int, ...]]:
         """Of its parameters, for a stream of width M and H query heads."""
         return {}
@@ -138,6 +141,7 @@ class Rope(Positions):
     scaling: Scaling | None = None
 
     rotates = True
+    relative = True
 
     def tables(self, positions: Array, head_dim: int, dtype: DType) -> tuple[Array, Array]:
         """Cosines and sines `[B, S, 1, D/2]` at `positions[B, S]`, in at least float32."""
@@ -226,6 +230,8 @@ class Relative(Positions):
     buckets: int = 32
     max_distance: int = 128
     bidirectional: bool = False
+
+    relative = True
 
     def __post_init__(self) -> None:
         count, half = (self.buckets // 2, self.buckets % 2) if self.bidirectional else (self.buckets, 0)

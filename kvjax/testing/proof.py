@@ -13,9 +13,11 @@ from kvjax import caches, codecs, sampling
 from kvjax.caching import encode, source_limits
 from kvjax.errors import CacheError, InputError
 from kvjax.lm import read_config
+from kvjax.loops.drafters import early_exit, prompt_lookup
+from kvjax.loops.speculative import speculate
 from kvjax.model import Model, decoder
 from kvjax.params import init_params
-from kvjax.testing.algorithms import beam, greedy, sampled, until
+from kvjax.testing.algorithms import beam, drafted, greedy, sampled, until
 from kvjax.testing.cases import MIXED, RELATIVE, SOURCES, WINDOW, prompt_ids, tiny
 from kvjax.testing.contract import REFUSED, Refusal
 from kvjax.testing.equivalence import SEEDS, Against, Outcome, check_equivalence
@@ -44,12 +46,17 @@ def ranked(ngram: int, least: int) -> tuple[Any, ...]:
     return sampling.no_repeat_ngram(ngram), sampling.min_new_tokens(least)
 
 
+EXIT = speculate(early_exit(1), drafted=4, same_tokens=True)
 ALGORITHMS = (
     greedy(),
     until(drawn(), stop_sequences=NEVER, name="sampled"),
     until(drawn(1.3, 0.2, 3, 0, 0.95), stop_sequences=NEVER, name="penalties"),
     until(drawn(least=32), stop_ids=STOPS, stop_sequences=STOPPED, name="stops"),
     sampled(samples=3),
+    drafted(speculate(prompt_lookup(2), drafted=4), name="drafts"),
+    drafted(
+        speculate(early_exit(1), drafted=4, same_tokens=True), drawn(), stop_sequences=NEVER, name="sampled drafts"
+    ),
     beam(4, filters=ranked(2, 0), stop_sequences=NEVER),
     beam(4, filters=ranked(2, 32), stop_ids=STOPS, stop_sequences=NEVER, length_penalty=0.5, name="4 beams, stops"),
 )
