@@ -120,7 +120,7 @@ replaced, inserted or deleted. *Measured* is the share of a prefill's time, *pre
         for row in found["rows"]:
             known = "| |" if row["predicted"] is None else f"{row['predicted']:.1%} | {row['over']:.2f} |"
             ms, share = 1e3 * row["edit"], row["share"]
-            parts.append(f"| {row['case']} | {row['edit']} | {ms:,.1f} | {share:.1%} | {known}")
+            parts.append(f"| {row['case']} | {row['what']} | {ms:,.1f} | {share:.1%} | {known}")
     return "\n".join(parts) + "\n" if parts else ""
 
 
