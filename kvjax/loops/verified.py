@@ -3,7 +3,7 @@ said itself."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -208,108 +208,78 @@ def _round(
     x, taken = drafter.verify(model, cache, drafts, jnp.maximum(fed, 0), jnp.where(active, 1 + count, 0))
     logits = model.head(model.params, model.config, x)
 
-    def look(walk: Walk, given: Any) -> tuple[Walk, None]:
-        i, logits, draft, law = given
-        return _look(walk, n + 1 + i, logits, i < count, draft, law, text, taken, sampler, keys, stops, ends), None
-
-    begun = active & (taken.flags == 0)
-    walk = Walk(begun, state.pending, n, jnp.zeros_like(n), jnp.zeros_like(n), state.stopped, taken.flags, state.noted)
-    last = jnp.full((cache.batch, 1), -1, jnp.int32)
+    at = n[None, :] + jnp.arange(1, drafted + 2, dtype=jnp.int32)[:, None]  # [n + 1, B], where each token will stand
+    has = jnp.arange(drafted + 1, dtype=jnp.int32)[:, None] < count[None, :]
+    given = jnp.concatenate([drafts.tokens.T, jnp.full((1, cache.batch), -1, jnp.int32)])
     laws = None
     if rejects:
         assert drafts.laws is not None, "of what was drawn"
         laws = jnp.swapaxes(drafts.laws, 0, 1)
         laws = jnp.concatenate([laws, jnp.zeros_like(laws[:1])])  # of no draft, and not looked at
-    given = (
-        jnp.arange(drafted + 1, dtype=jnp.int32),
-        jnp.swapaxes(logits, 0, 1),
-        jnp.concatenate([drafts.tokens, last], axis=1).T,
-        laws,
-    )
-    walk = lax.scan(look, walk, given)[0]
-    tally = state.tally
+
+    def judged(logits: Array, at: Array, has: Array, draft: Array, law: Array | None) -> Judged:
+        here, key = text(taken.tokens, at), sampling.position_keys(keys, at)
+        token, same = _replaced(sampler, logits, key, here, has, draft, law)
+        return Judged(token, same, stops.hit(here, token), jnp.any(jnp.isnan(logits), axis=1))
+
+    made = jax.vmap(judged)(jnp.swapaxes(logits, 0, 1), at, has, given, laws)
+    good = ~made.broken & (made.tokens >= 0)
+    on = good & made.same & ~made.hit & (at + 1 < ends[None, :])
+    begun = active & (taken.flags == 0)
+    going = jnp.concatenate([begun[None], begun[None] & jnp.cumprod(on[:-1].astype(jnp.int32), axis=0).astype(bool)])
+    emits = going & good
+    new = jnp.sum(emits.astype(jnp.int32), axis=0)
+    last = jnp.take_along_axis(made.tokens, jnp.maximum(new - 1, 0)[None, :], axis=0)[0]
+    noted = state.noted
+    for i in range(drafted + 1):
+        noted = (
+            None
+            if noted is None
+            else noted.note(logits[:, i], made.tokens[i], jnp.where(emits[i], at[i], cache.capacity))
+        )
+    flags = taken.flags | jnp.where(jnp.any(going & made.broken, axis=0), NAN, 0)
+    flags |= jnp.where(jnp.any(going & ~made.broken & (made.tokens < 0), axis=0), NO_TOKEN, 0)
+    tally, some = state.tally, lambda x: jnp.sum(x.astype(jnp.int32), axis=0)
     return state.replace(
-        cache=back_to(taken.replace(flags=walk.flags), walk.lengths),
-        pending=walk.last,
-        draft=drafter.settle(drafts.state, walk.lengths),
-        stopped=walk.stopped,
+        cache=back_to(taken.replace(flags=flags.astype(jnp.int32)), n + new),
+        pending=jnp.where(new > 0, last, state.pending),
+        draft=drafter.settle(drafts.state, n + new),
+        stopped=state.stopped | jnp.any(emits & made.hit, axis=0),
         wasted=state.wasted + jnp.all(~active).astype(jnp.int32),
-        noted=walk.noted,
+        noted=noted,
         tally=Tally(
             tally.calls + active,
             tally.proposed + count,
-            tally.tested + walk.tested,
-            tally.kept + walk.kept,
+            tally.tested + some(emits & has),
+            tally.kept + some(emits & made.same),
             tally.drafting + (count > 0),
         ),
     )
 
 
-@struct.node
-class Walk(struct.Value):
-    """Rows on their way through their drafts.
+class Judged(NamedTuple):
+    """What the model says at one position of each row, `[B]`: a token (-1 for none), whether that is the draft, whether
+    it stops the row, and whether the logits were no numbers."""
 
-    Args:
-        going: `[B]` bool, rows whose drafts were all kept so far.
-        last: `[B]` int32, emitted last.
-        lengths: `[B]` int32, tokens before that one.
-        tested, kept: see `Tally`.
-        stopped, flags, noted: as they will be.
-    """
-
-    going: Array
-    last: Array
-    lengths: Array
-    tested: Array
-    kept: Array
-    stopped: Array
-    flags: Array
-    noted: Noted | None
+    tokens: Array
+    same: Array
+    hit: Array
+    broken: Array
 
 
-def _look(
-    walk: Walk,
-    at: Array,
-    logits: Array,
-    has: Array,
-    draft: Array,
-    law: Array | None,
-    text: Any,
-    taken: Cache,
-    sampler: Any,
-    keys: Array,
-    stops: Stops,
-    ends: Array,
-) -> Walk:
-    """One position further: what stands at `at[B]`, after `logits[B, V]`, where some rows have a draft."""
-    here, key = text(taken.tokens, at), sampling.position_keys(keys, at)
-    broken = walk.going & jnp.any(jnp.isnan(logits), axis=1)
+def _replaced(
+    sampler: Any, logits: Array, keys: Array, text: Text, has: Array, drafts: Array, law: Array | None
+) -> tuple[Array, Array]:
+    """`[B]` tokens after `text`, and which of them are the drafts; those `has[B]` says have one."""
     if law is None:
-        token = drawn(sampler, logits, key, here)
-        same = has & (token == draft)
-    else:
-        own = sampler.law(logits, here)
-        p, q = probabilities(own), drafted_with(law)
-        coins = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, ACCEPT), dtype=p.dtype))(key)
-        same = has & accepts(p, q, draft, coins)
-        left = jnp.where(has[:, None], jnp.log(residual(p, q)).astype(own.dtype), own)
-        token = jnp.where(same, draft, chosen(noisy(left, key)))
-    none = walk.going & ~broken & (token < 0)
-    emits = walk.going & ~broken & ~none
-    noted = walk.noted
-    if noted is not None:
-        noted = noted.note(logits, token, jnp.where(emits, at, taken.capacity))
-    hit = emits & stops.hit(here, token)
-    return Walk(
-        emits & same & ~hit & (at + 1 < ends),
-        jnp.where(emits, token, walk.last),
-        jnp.where(emits, at, walk.lengths),
-        walk.tested + (emits & has),
-        walk.kept + (emits & same),
-        walk.stopped | hit,
-        walk.flags | jnp.where(broken, NAN, 0).astype(jnp.int32) | jnp.where(none, NO_TOKEN, 0).astype(jnp.int32),
-        noted,
-    )
+        tokens = drawn(sampler, logits, keys, text)
+        return tokens, has & (tokens == drafts)
+    own = sampler.law(logits, text)
+    p, q = probabilities(own), drafted_with(law)
+    coins = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, ACCEPT), dtype=p.dtype))(keys)
+    same = has & accepts(p, q, drafts, coins)
+    left = jnp.where(has[:, None], jnp.log(residual(p, q)).astype(own.dtype), own)
+    return jnp.where(same, drafts, chosen(noisy(left, keys))), same
 
 
 __all__ = ["Speculation", "Tally", "begin", "advance"]
