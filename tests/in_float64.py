@@ -10,8 +10,9 @@ import kinds
 import numpy as np
 
 import kvjax
-from kvjax.testing import promises
-from kvjax.testing.cases import PROMPTS, prompt_ids
+from kvjax import caches
+from kvjax.testing import Case, edits, promises
+from kvjax.testing.cases import PROMPTS, WINDOWED, prompt_ids
 
 
 def likelihoods(case) -> float:
@@ -29,10 +30,25 @@ def likelihoods(case) -> float:
     return worst
 
 
+def edited() -> float:
+    """The largest difference of logits after edits of a ring, and of windowed layers with a trace."""
+    ring = next(case for case in kinds.cases() if case.name == "ring")
+    windowed, worst = Case("windowed", caches.hybrid(), WINDOWED), 0.0
+    each = edits.Edit(np.array([3, 8]), np.array([5, 9]), prompt_ids(6, 2, 2), np.array([2, 1]))
+    for case in (ring, windowed):
+        texts = prompt_ids(5, 2, 64).tolist()
+        _, cache = kvjax.prefill(case.model, case.empty(2), *edits.padded(texts))
+        logits, cache = kvjax.edit(case.model, cache, *each)
+        want, _ = kvjax.prefill(case.model, case.empty(2), *edits.padded(each.of(texts)))
+        worst = max(worst, edits.near(case, np.asarray(logits), np.asarray(want), case.name))
+    return worst
+
+
 def main(full: bool) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     assert jax.config.jax_enable_x64
     print(f"log-likelihoods: {likelihoods(kinds.cases()[0]):.1e}")
+    print(f"edits: {edited():.1e}")
     for case in (*kinds.cases(), *(kinds.of_sources() if full else ())):
         if case.exact and (full or not case.full):
             print(f"{case.name}: {promises.same_logits(case):.1e}")

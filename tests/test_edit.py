@@ -39,7 +39,7 @@ FULL_ONLY = pytest.mark.full
     "case",
     [pytest.param(case, id=name, marks=() if name == "ring" else FULL_ONLY) for name, case in CASES.items()],
 )
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_script_of_edits_leaves_the_cache_of_the_new_text(case, data):
     edits.edits(case, lambda low, high: data.draw(st.integers(low, high)), count=2)

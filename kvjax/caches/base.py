@@ -229,7 +229,7 @@ class Cache(struct.Value):
             layers=tuple(node.rewind(target, self.shared, shared) for node in self.layers),
             shared=shared,
             lengths=target,
-            flags=(refused | jnp.where(wrong, REWIND, 0)).astype(jnp.int32),
+            flags=refused.astype(jnp.int32) | jnp.where(wrong, REWIND, 0).astype(jnp.int32),
         )
 
     def release(self, rows: Any) -> Cache:

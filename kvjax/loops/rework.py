@@ -108,7 +108,7 @@ def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any, by: An
     begins = numeric.stack(first[::-1])
     by_layer = own(model) and not cache.replays
     if not by_layer and not cache.replays:
-        lost = numeric.any(begins < start.clip(None, last), axis=0)
+        lost = numeric.any(begins < start.clip(None, last)[None], axis=0)
         begin = numeric.where(lost, numeric.minimum(floor, lengths), begins.min(0)).astype(numeric.int32)
         begins, anew = numeric.broadcast_to(begin, begins.shape), begin <= floor
     by_layer &= bool((begins != begins.min(0)).any()) if host else cache.max_rewind is not None
