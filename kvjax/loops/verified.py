@@ -216,50 +216,57 @@ def _round(
         assert drafts.laws is not None, "of what was drawn"
         laws = jnp.swapaxes(drafts.laws, 0, 1)
         laws = jnp.concatenate([laws, jnp.zeros_like(laws[:1])])  # of no draft, and not looked at
+    logits = jnp.swapaxes(logits, 0, 1)
 
-    def judged(logits: Array, at: Array, has: Array, draft: Array, law: Array | None) -> Judged:
+    def judged(logits: Array, at: Array, draft: Array, law: Array | None) -> Judged:
         here, key = text(taken.tokens, at), sampling.position_keys(keys, at)
-        token, same = _replaced(sampler, logits, key, here, has, draft, law)
+        token = drawn(sampler, logits, key, here) if law is None else draft
+        same = token == draft if law is None else _kept(sampler.law(logits, here), law, draft, key)
         return Judged(token, same, stops.hit(here, token), jnp.any(jnp.isnan(logits), axis=1))
 
-    made = jax.vmap(judged)(jnp.swapaxes(logits, 0, 1), at, has, given, laws)
-    good = ~made.broken & (made.tokens >= 0)
-    on = good & made.same & ~made.hit & (at + 1 < ends[None, :])
+    made = jax.vmap(judged)(logits, at, given, laws)
+    same = made.same & has
+    on = same & ~made.hit & ~made.broken & (made.tokens >= 0) & (at + 1 < ends[None, :])
     begun = active & (taken.flags == 0)
-    going = jnp.concatenate([begun[None], begun[None] & jnp.cumprod(on[:-1].astype(jnp.int32), axis=0).astype(bool)])
-    emits = going & good
-    new = jnp.sum(emits.astype(jnp.int32), axis=0)
-    last = jnp.take_along_axis(made.tokens, jnp.maximum(new - 1, 0)[None, :], axis=0)[0]
+    # A row goes as far as its drafts are kept; there one more token is its own, or a draft that ends it.
+    far = jnp.sum(jnp.cumprod(on[:-1].astype(jnp.int32), axis=0), axis=0)
+    pick = lambda x: jnp.take_along_axis(x, far.reshape(1, -1, *(1,) * (x.ndim - 2)), axis=0)[0]  # noqa: E731
+    token, here = pick(made.tokens), text(taken.tokens, pick(at))
+    if laws is not None:
+        key = sampling.position_keys(keys, pick(at))
+        own = _replaced(sampler.law(pick(logits), here), pick(laws), pick(has), key)
+        token = jnp.where(pick(same), token, own)
+    broken, none = begun & pick(made.broken), begun & ~pick(made.broken) & (token < 0)
+    good = begun & ~broken & ~none
+    before = jnp.take_along_axis(fed, far[:, None], axis=1)[:, 0]  # the last of the drafts that were kept, if any
+    new = jnp.where(begun, far + good.astype(jnp.int32), 0)
     noted = state.noted
     for i in range(drafted + 1):
-        noted = (
-            None
-            if noted is None
-            else noted.note(logits[:, i], made.tokens[i], jnp.where(emits[i], at[i], cache.capacity))
-        )
-    flags = taken.flags | jnp.where(jnp.any(going & made.broken, axis=0), NAN, 0)
-    flags |= jnp.where(jnp.any(going & ~made.broken & (made.tokens < 0), axis=0), NO_TOKEN, 0)
-    tally, some = state.tally, lambda x: jnp.sum(x.astype(jnp.int32), axis=0)
+        said = jnp.where(i < far, given[i], token)
+        place = jnp.where(i < new, at[i], cache.capacity)
+        noted = None if noted is None else noted.note(logits[i], said, place)
+    flags = taken.flags | jnp.where(broken, NAN, 0) | jnp.where(none, NO_TOKEN, 0)
+    tally, some = state.tally, begun.astype(jnp.int32)
     return state.replace(
         cache=back_to(taken.replace(flags=flags.astype(jnp.int32)), n + new),
-        pending=jnp.where(new > 0, last, state.pending),
+        pending=jnp.where(good, token, jnp.where(begun, before, state.pending)),
         draft=drafter.settle(drafts.state, n + new),
-        stopped=state.stopped | jnp.any(emits & made.hit, axis=0),
+        stopped=state.stopped | (good & stops.hit(here, token)),
         wasted=state.wasted + jnp.all(~active).astype(jnp.int32),
         noted=noted,
         tally=Tally(
             tally.calls + active,
             tally.proposed + count,
-            tally.tested + some(emits & has),
-            tally.kept + some(emits & made.same),
+            tally.tested + some * far + (good & pick(has)),
+            tally.kept + some * far + (good & pick(same)),
             tally.drafting + (count > 0),
         ),
     )
 
 
 class Judged(NamedTuple):
-    """What the model says at one position of each row, `[B]`: a token (-1 for none), whether that is the draft, whether
-    it stops the row, and whether the logits were no numbers."""
+    """What the model says at one position of each row, `[B]`: a token (of a law, the draft), whether that is the draft,
+    whether it stops the row, and whether the logits were no numbers."""
 
     tokens: Array
     same: Array
@@ -267,19 +274,17 @@ class Judged(NamedTuple):
     broken: Array
 
 
-def _replaced(
-    sampler: Any, logits: Array, keys: Array, text: Text, has: Array, drafts: Array, law: Array | None
-) -> tuple[Array, Array]:
-    """`[B]` tokens after `text`, and which of them are the drafts; those `has[B]` says have one."""
-    if law is None:
-        tokens = drawn(sampler, logits, keys, text)
-        return tokens, has & (tokens == drafts)
-    own = sampler.law(logits, text)
+def _kept(own: Array, law: Array, drafts: Array, keys: Array) -> Array:
+    """`[B]` bool, which drafts of `law[B, V]` are kept by the law `own[B, V]`."""
     p, q = probabilities(own), drafted_with(law)
     coins = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, ACCEPT), dtype=p.dtype))(keys)
-    same = has & accepts(p, q, drafts, coins)
-    left = jnp.where(has[:, None], jnp.log(residual(p, q)).astype(own.dtype), own)
-    return jnp.where(same, drafts, chosen(noisy(left, keys))), same
+    return accepts(p, q, drafts, coins)
+
+
+def _replaced(own: Array, law: Array, has: Array, keys: Array) -> Array:
+    """`[B]` int32, what takes the place of a draft of `law[B, V]` in rows that `has[B]` says have one."""
+    left = jnp.log(residual(probabilities(own), drafted_with(law))).astype(own.dtype)
+    return chosen(noisy(jnp.where(has[:, None], left, own), keys))
 
 
 __all__ = ["Speculation", "Tally", "begin", "advance"]
