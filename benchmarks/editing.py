@@ -135,7 +135,7 @@ def main() -> None:
             share, wanted = took["edit"] / took["prefill"], predicted(case, edit, a.tokens)
             over = None if wanted is None else share / wanted
             rows.append(
-                {"case": case.name, "edit": edit.name, **took, "share": share, "predicted": wanted, "over": over}
+                {"case": case.name, "what": edit.name, **took, "share": share, "predicted": wanted, "over": over}
             )
             said = "" if wanted is None else f"{wanted:12.1%}{over:8.2f}"
             print(f"    {edit.name:32}{1e3 * took['edit']:9.2f}{share:11.1%}{said}", flush=True)

@@ -5,14 +5,16 @@ E          tokens for each call of the model, of all rows: rows that are done wa
 v          time of a call of the model over γ + 1 positions, against one over a single position
 c          the same of a draft
 E/(v+γc)   how much faster that makes it (Leviathan et al. 2023, 2211.17192); in calls of each γ where γ is chosen
-measured   time of `generate` after the prompt, without speculation against with it
+measured   time of the loop that `generate` runs on the device, without speculation against with it; where γ is
+           chosen, with what the host does between two of its calls
 of it      measured against E/(v+γc): what the loop around the calls leaves
 
 v and c are of loops that do nothing but feed tokens, choose one at every position and rewind. Drafts of an early exit
 have gone through the first layers: there v is the rest of the layers, and one more draft, as the last is fed too.
 
-lookup     `prompt_lookup()`; of `induction` on its blocks, of `shakespeare` on a piece of its own text, repeated
-draft      `draft_model` of the bundled draft, on prompts that `shakespeare` drew
+copying    `prompt_lookup()`: `induction` goes on with blocks that repeat
+lookup     the same: `shakespeare` goes on with a piece of its own text, repeated
+draft      `draft_model` of the bundled draft: `shakespeare` goes on with texts that it drew
 exit n     `early_exit(n)`, on the same
 
 python benchmarks/speculation.py
@@ -38,8 +40,9 @@ from jax import lax
 import kvjax
 from kvjax import caches, costs, sampling
 from kvjax.caches.base import Cache
-from kvjax.loops.decode import back_to
+from kvjax.loops.decode import ALL, back_to
 from kvjax.loops.feed import feed, finish
+from kvjax.loops.run import Run
 from kvjax.testing import induction
 from kvjax.train import draft
 from kvjax.types import Array
@@ -86,7 +89,7 @@ def cases(draft_name: str, exits: list[int]) -> list[Case]:
 
     lookup = kvjax.prompt_lookup()
     found = [
-        Case("lookup, induction", copies, lookup, blocks, copies, None),
+        Case("copying", copies, lookup, blocks, copies, None),
         Case("lookup", target, lookup, repeats, target, None),
         Case("draft", target, kvjax.draft_model(small), drew, target, small),
     ]
@@ -125,10 +128,16 @@ def measured(case: Case, batch: int, mode: str, a: argparse.Namespace) -> dict[s
     sampler, prompts = SAMPLERS[mode], case.prompts(batch, a.prompt)
     seeds = np.arange(batch, dtype=np.uint32)
 
-    def generate(how: Any) -> kvjax.Generated:
-        return kvjax.generate(
-            case.model, prompts.tolist(), max_new_tokens=a.new, sampler=sampler, seed=seeds, algorithm=how
-        )
+    def loop(how: Any) -> tuple[float, Any]:
+        given = {"max_new_tokens": a.new, "sampler": sampler, "seed": seeds, "algorithm": how}
+        state, wants = Run.start(case.model, prompts.tolist(), **given).state, True
+        start = time.perf_counter()
+        while wants:
+            state = state.advance(case.model, ALL)
+            jax.block_until_ready(vars(state))
+            took = time.perf_counter() - start
+            wants = state.look()[1].any()
+        return took, state
 
     def calls(model: kvjax.Model, new: int) -> Callable[[], Any]:
         cache = kvjax.init_cache(model, caches.dense(), batch=batch, capacity=256)
@@ -140,9 +149,9 @@ def measured(case: Case, batch: int, mode: str, a: argparse.Namespace) -> dict[s
     parts |= {} if case.drafts is None else {"c": calls(case.drafts, 1)}
     times: dict[str, list[float]] = {str(x): [] for x in ("plain", *ways, *parts)}
     for turn in range(a.rounds + 1):  # the first compiles
-        plain = generate(None)
-        made = {name: generate(how) for name, how in ways.items()}
-        took = {"plain": plain.timings.decode} | {str(name): out.timings.decode for name, out in made.items()}
+        plain_took, plain = loop(None)
+        made = {name: loop(how) for name, how in ways.items()}
+        took = {"plain": plain_took} | {str(name): out[0] for name, out in made.items()}
         took |= {name: seconds(run) / PASSES for name, run in parts.items()}
         for name, value in took.items():
             times[name] += [value] if turn else []
@@ -150,8 +159,8 @@ def measured(case: Case, batch: int, mode: str, a: argparse.Namespace) -> dict[s
     step = middle["step"]
     c = middle["c"] / step if "c" in middle else 0.0
     found: dict[str, Any] = {"step_seconds": step, "plain_step_seconds": middle["plain"] / a.new, "seconds": times}
-    for name, out in made.items():
-        told = out.speculated
+    for name, (_, state) in made.items():
+        told = state.report()
         rounds, alpha = sum(told.rounds.values()), told.acceptance
         each = {n: middle[f"v{n}"] / step + case.last * c for n in told.rounds}
         due = sum(count * (each[n] + n * c) for n, count in told.rounds.items())
@@ -164,7 +173,7 @@ def measured(case: Case, batch: int, mode: str, a: argparse.Namespace) -> dict[s
             "c": c,
             "predicted": a.new / due,
             "measured": middle["plain"] / middle[str(name)],
-            "same_tokens": bool(np.array_equal(out.tokens, plain.tokens)),
+            "same_tokens": state.texts() == plain.texts(),
         }
         if name is not None and row["alpha"] is not None:
             row["e_of_alpha"] = costs.expected_tokens(name, alpha)
@@ -178,7 +187,7 @@ def show(what: str, found: dict[str, Any], drafted: list[Any]) -> None:
         alpha = "-" if row["alpha"] is None else f"{row['alpha']:.2f}"
         numbers = "".join(f"{row[x]:{w}.2f}" for x, w in (("e", 6), ("v", 6), ("c", 6), ("predicted", 9)))
         rest = f"{row['measured']:9.2f}{row['of_predicted']:7.2f}"
-        print(f"{what:27}{n or 'any':>3}{alpha:>6}{numbers}{rest}", flush=True)
+        print(f"{what:24}{n or 'any':>3}{alpha:>6}{numbers}{rest}", flush=True)
 
 
 def main() -> None:
@@ -196,7 +205,7 @@ def main() -> None:
     if a.quick:
         a.rounds, a.drafted, a.batches, a.no_save = 3, [2], [1], True
     began, found = harness.facts(), {}
-    print(f"{'':27}{'γ':>3}{'α':>6}{'E':>6}{'v':>6}{'c':>6}{'E/(v+γc)':>9}{'measured':>9}{'of it':>7}")
+    print(f"{'':24}{'γ':>3}{'α':>6}{'E':>6}{'v':>6}{'c':>6}{'E/(v+γc)':>9}{'measured':>9}{'of it':>7}")
     for case in (x for x in cases(a.draft, a.exits) if x.name.startswith(a.only)):
         for batch, mode in ((b, m) for b in a.batches for m in SAMPLERS):
             what = f"{case.name}, {batch}, {mode}"

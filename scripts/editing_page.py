@@ -66,12 +66,12 @@ def right(logits: Any, given: Texts) -> float:
     return float((np.asarray(logits).argmax(axis=-1) == given.follows).mean())
 
 
-def copied(model: kvjax.Model, plan: Any, given: Texts, refreshed: int, **options: Any) -> dict[str, float]:
+def copied(model: kvjax.Model, plan: Any, given: Texts, refreshed: Any, **options: Any) -> dict[str, float]:
     """How often the right token comes next after a splice, and how far its distribution is from the exact one."""
     cache = kvjax.init_cache(model, plan, batch=len(given.lengths), capacity=CAPACITY)
     _, cache = kvjax.prefill(model, cache, given.tokens, given.lengths)
     edited = approximate.splice(model, cache, given.start, given.stop, given.new, **options)
-    if refreshed:
+    if np.any(refreshed):
         edited = approximate.refresh(model, edited.cache, given.start + given.new.shape[1], refreshed)
     return {"right": right(edited.logits, given), "kl": float(edited.divergence(model).kl.mean())}
 
@@ -120,7 +120,7 @@ replaced, inserted or deleted. *Measured* is the share of a prefill's time, *pre
         for row in found["rows"]:
             known = "| |" if row["predicted"] is None else f"{row['predicted']:.1%} | {row['over']:.2f} |"
             ms, share = 1e3 * row["edit"], row["share"]
-            parts.append(f"| {row['case']} | {row['edit']} | {ms:,.1f} | {share:.1%} | {known}")
+            parts.append(f"| {row['case']} | {row['what']} | {ms:,.1f} | {share:.1%} | {known}")
     return "\n".join(parts) + "\n" if parts else ""
 
 

@@ -33,11 +33,12 @@ DRAFTED = (1, 2, 4, 8)
 FIRST = 4
 """With which it begins, before anything was measured."""
 
-CHECKED = 0.1
-"""What one more position costs the model in a call of few, in steps: the estimate by which drafts are chosen."""
+CHECKED = {"cpu": 0.25}
+"""What one more position costs the model in a call of few, in steps, by platform: the estimate by which drafts are
+chosen. Of a small model, measured by `benchmarks/speculation.py`; elsewhere a position more costs next to nothing."""
 
 LOOK = 4
-"""Chunks between two choices."""
+"""Chunks before the first choice of a number of drafts; twice as many before the next."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ class Speculating:
         ends: `[B]`, lengths at which rows rest.
         drafted: drafts of the next round.
         rounds: by number of drafts, those that ran.
-        seen: the tally when the number was chosen.
+        looks: how often the number was chosen.
         before: the state before the last chunk, if it may have to run again.
     """
 
@@ -160,6 +161,7 @@ class Speculating:
     ends: np.ndarray
     drafted: int
     rounds: dict[int, int] = dataclasses.field(default_factory=dict)
+    looks: int = 0
     before: Speculating | None = None
 
     grows = True
@@ -194,7 +196,7 @@ class Speculating:
 
     def _run(self, program: Any, model: Model, chunks: int) -> Speculating:
         wanted, fixed = self.wanted, self.how.drafted is not None
-        chunks = chunks if fixed else min(chunks, LOOK)
+        chunks = chunks if fixed else min(chunks, LOOK << min(self.looks, 8))
         had = None if fixed else jax.tree.map(np.asarray, self.state.tally)
         drafted = self.drafted
         state = program(
@@ -217,6 +219,7 @@ class Speculating:
             state=state,
             rounds=self.rounds | {drafted: self.rounds.get(drafted, 0) + ran - sum(self.rounds.values())},
             drafted=drafted if had is None else self._chosen(model, had, jax.tree.map(np.asarray, state.tally)),
+            looks=self.looks + 1,
             before=self if wanted.again else None,
         )
 
@@ -226,7 +229,7 @@ class Speculating:
         if not new.calls:
             return self.drafted
         share, kept = new.drafting / new.calls, (new.kept + 1) / (new.tested + 2)  # as if one of two had been kept
-        each = CHECKED + self.how.drafter.cost(model)
+        each = CHECKED.get(jax.default_backend(), 0.02) + self.how.drafter.cost(model)
 
         def gain(drafted: int) -> float:
             return (1 + share * (costs.expected_tokens(drafted, kept) - 1)) / (1 + drafted * each)

@@ -3,7 +3,7 @@ said itself."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -208,108 +208,83 @@ def _round(
     x, taken = drafter.verify(model, cache, drafts, jnp.maximum(fed, 0), jnp.where(active, 1 + count, 0))
     logits = model.head(model.params, model.config, x)
 
-    def look(walk: Walk, given: Any) -> tuple[Walk, None]:
-        i, logits, draft, law = given
-        return _look(walk, n + 1 + i, logits, i < count, draft, law, text, taken, sampler, keys, stops, ends), None
-
-    begun = active & (taken.flags == 0)
-    walk = Walk(begun, state.pending, n, jnp.zeros_like(n), jnp.zeros_like(n), state.stopped, taken.flags, state.noted)
-    last = jnp.full((cache.batch, 1), -1, jnp.int32)
+    at = n[None, :] + jnp.arange(1, drafted + 2, dtype=jnp.int32)[:, None]  # [n + 1, B], where each token will stand
+    has = jnp.arange(drafted + 1, dtype=jnp.int32)[:, None] < count[None, :]
+    given = jnp.concatenate([drafts.tokens.T, jnp.full((1, cache.batch), -1, jnp.int32)])
     laws = None
     if rejects:
         assert drafts.laws is not None, "of what was drawn"
         laws = jnp.swapaxes(drafts.laws, 0, 1)
         laws = jnp.concatenate([laws, jnp.zeros_like(laws[:1])])  # of no draft, and not looked at
-    given = (
-        jnp.arange(drafted + 1, dtype=jnp.int32),
-        jnp.swapaxes(logits, 0, 1),
-        jnp.concatenate([drafts.tokens, last], axis=1).T,
-        laws,
-    )
-    walk = lax.scan(look, walk, given)[0]
-    tally = state.tally
+    logits = jnp.swapaxes(logits, 0, 1)
+
+    def judged(logits: Array, at: Array, draft: Array, law: Array | None) -> Judged:
+        here, key = text(taken.tokens, at), sampling.position_keys(keys, at)
+        token = drawn(sampler, logits, key, here) if law is None else draft
+        same = token == draft if law is None else _kept(sampler.law(logits, here), law, draft, key)
+        return Judged(token, same, stops.hit(here, token), jnp.any(jnp.isnan(logits), axis=1))
+
+    made = jax.vmap(judged)(logits, at, given, laws)
+    same = made.same & has
+    on = same & ~made.hit & ~made.broken & (made.tokens >= 0) & (at + 1 < ends[None, :])
+    begun = active & (taken.flags == 0)
+    # A row goes as far as its drafts are kept; there one more token is its own, or a draft that ends it.
+    far = jnp.sum(jnp.cumprod(on[:-1].astype(jnp.int32), axis=0), axis=0)
+    pick = lambda x: jnp.take_along_axis(x, far.reshape(1, -1, *(1,) * (x.ndim - 2)), axis=0)[0]  # noqa: E731
+    token, here = pick(made.tokens), text(taken.tokens, pick(at))
+    if laws is not None:
+        key = sampling.position_keys(keys, pick(at))
+        own = _replaced(sampler.law(pick(logits), here), pick(laws), pick(has), key)
+        token = jnp.where(pick(same), token, own)
+    broken, none = begun & pick(made.broken), begun & ~pick(made.broken) & (token < 0)
+    good = begun & ~broken & ~none
+    before = jnp.take_along_axis(fed, far[:, None], axis=1)[:, 0]  # the last of the drafts that were kept, if any
+    new = jnp.where(begun, far + good.astype(jnp.int32), 0)
+    noted = state.noted
+    for i in range(drafted + 1):
+        said = jnp.where(i < far, given[i], token)
+        place = jnp.where(i < new, at[i], cache.capacity)
+        noted = None if noted is None else noted.note(logits[i], said, place)
+    flags = taken.flags | jnp.where(broken, NAN, 0) | jnp.where(none, NO_TOKEN, 0)
+    tally, some = state.tally, begun.astype(jnp.int32)
     return state.replace(
-        cache=back_to(taken.replace(flags=walk.flags), walk.lengths),
-        pending=walk.last,
-        draft=drafter.settle(drafts.state, walk.lengths),
-        stopped=walk.stopped,
+        cache=back_to(taken.replace(flags=flags.astype(jnp.int32)), n + new),
+        pending=jnp.where(good, token, jnp.where(begun, before, state.pending)),
+        draft=drafter.settle(drafts.state, n + new),
+        stopped=state.stopped | (good & stops.hit(here, token)),
         wasted=state.wasted + jnp.all(~active).astype(jnp.int32),
-        noted=walk.noted,
+        noted=noted,
         tally=Tally(
             tally.calls + active,
             tally.proposed + count,
-            tally.tested + walk.tested,
-            tally.kept + walk.kept,
+            tally.tested + some * far + (good & pick(has)),
+            tally.kept + some * far + (good & pick(same)),
             tally.drafting + (count > 0),
         ),
     )
 
 
-@struct.node
-class Walk(struct.Value):
-    """Rows on their way through their drafts.
+class Judged(NamedTuple):
+    """What the model says at one position of each row, `[B]`: a token (of a law, the draft), whether that is the draft,
+    whether it stops the row, and whether the logits were no numbers."""
 
-    Args:
-        going: `[B]` bool, rows whose drafts were all kept so far.
-        last: `[B]` int32, emitted last.
-        lengths: `[B]` int32, tokens before that one.
-        tested, kept: see `Tally`.
-        stopped, flags, noted: as they will be.
-    """
-
-    going: Array
-    last: Array
-    lengths: Array
-    tested: Array
-    kept: Array
-    stopped: Array
-    flags: Array
-    noted: Noted | None
+    tokens: Array
+    same: Array
+    hit: Array
+    broken: Array
 
 
-def _look(
-    walk: Walk,
-    at: Array,
-    logits: Array,
-    has: Array,
-    draft: Array,
-    law: Array | None,
-    text: Any,
-    taken: Cache,
-    sampler: Any,
-    keys: Array,
-    stops: Stops,
-    ends: Array,
-) -> Walk:
-    """One position further: what stands at `at[B]`, after `logits[B, V]`, where some rows have a draft."""
-    here, key = text(taken.tokens, at), sampling.position_keys(keys, at)
-    broken = walk.going & jnp.any(jnp.isnan(logits), axis=1)
-    if law is None:
-        token = drawn(sampler, logits, key, here)
-        same = has & (token == draft)
-    else:
-        own = sampler.law(logits, here)
-        p, q = probabilities(own), drafted_with(law)
-        coins = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, ACCEPT), dtype=p.dtype))(key)
-        same = has & accepts(p, q, draft, coins)
-        left = jnp.where(has[:, None], jnp.log(residual(p, q)).astype(own.dtype), own)
-        token = jnp.where(same, draft, chosen(noisy(left, key)))
-    none = walk.going & ~broken & (token < 0)
-    emits = walk.going & ~broken & ~none
-    noted = walk.noted
-    if noted is not None:
-        noted = noted.note(logits, token, jnp.where(emits, at, taken.capacity))
-    hit = emits & stops.hit(here, token)
-    return Walk(
-        emits & same & ~hit & (at + 1 < ends),
-        jnp.where(emits, token, walk.last),
-        jnp.where(emits, at, walk.lengths),
-        walk.tested + (emits & has),
-        walk.kept + (emits & same),
-        walk.stopped | hit,
-        walk.flags | jnp.where(broken, NAN, 0).astype(jnp.int32) | jnp.where(none, NO_TOKEN, 0).astype(jnp.int32),
-        noted,
-    )
+def _kept(own: Array, law: Array, drafts: Array, keys: Array) -> Array:
+    """`[B]` bool, which drafts of `law[B, V]` are kept by the law `own[B, V]`."""
+    p, q = probabilities(own), drafted_with(law)
+    coins = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, ACCEPT), dtype=p.dtype))(keys)
+    return accepts(p, q, drafts, coins)
+
+
+def _replaced(own: Array, law: Array, has: Array, keys: Array) -> Array:
+    """`[B]` int32, what takes the place of a draft of `law[B, V]` in rows that `has[B]` says have one."""
+    left = jnp.log(residual(probabilities(own), drafted_with(law))).astype(own.dtype)
+    return chosen(noisy(jnp.where(has[:, None], left, own), keys))
 
 
 __all__ = ["Speculation", "Tally", "begin", "advance"]
