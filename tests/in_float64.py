@@ -1,5 +1,5 @@
-"""Run with JAX_ENABLE_X64=1 by test_float64.py: every kind against its reference, position by position, in float64, and
-log-probabilities of given tokens against the forward pass."""
+"""Run with JAX_ENABLE_X64=1 by test_float64.py: every kind against its reference, position by position, in float64,
+log-probabilities of given tokens against the forward pass, and drafts."""
 
 from __future__ import annotations
 
@@ -44,11 +44,20 @@ def edited() -> float:
     return worst
 
 
+def drafts(case) -> None:
+    """Speculation, by rejection, of a draft that is the model: everything is kept."""
+    for drafter in (kvjax.prompt_lookup(2), kvjax.draft_model(case.model)):
+        options = {"sampler": kvjax.sampling.chain(), "algorithm": kvjax.speculate(drafter, drafted=2)}
+        out = kvjax.generate(case.model, prompt_ids(3, 2).tolist(), max_new_tokens=8, **options)
+    assert out.speculated.acceptance == 1 and out.logits.dtype == np.float64, out.speculated
+
+
 def main(full: bool) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     assert jax.config.jax_enable_x64
     print(f"log-likelihoods: {likelihoods(kinds.cases()[0]):.1e}")
     print(f"edits: {edited():.1e}")
+    drafts(kinds.cases()[0])
     for case in (*kinds.cases(), *(kinds.of_sources() if full else ())):
         if case.exact and (full or not case.full):
             print(f"{case.name}: {promises.same_logits(case):.1e}")

@@ -204,6 +204,27 @@ def test_a_stream_shows_what_generate_gives_and_stop_strings_cut_where_they_shou
     np.testing.assert_array_equal(cut.tokens, plainly.tokens)
 
 
+def test_a_stop_string_cuts_drawn_drafts_without_changing_what_came_before():
+    """The row is run again up to where the string ends: there its drafts must be those of the first time."""
+    text = kvjax.LM(MODEL, tokenizer())
+    drawn = kvjax.speculate(kvjax.draft_model(near()), drafted=4)
+    options = {"sampler": WARM, "seed": [1, 2, 3], "max_new_tokens": STEPS, "algorithm": drawn}
+    free = kvjax.generate(text, PROMPTS, **options)
+    for at in (4, 9, 10, 11):
+        cut = kvjax.generate(text, PROMPTS, stop=free.text[0][at : at + 2], **options)
+        kept = int(cut.lengths[0])
+        assert cut.stop[0] == "stop" and cut.text[0] == free.text[0][:at]
+        assert cut.tokens[0, :kept].tolist() == free.tokens[0, :kept].tolist()
+
+
+def test_drafts_that_fill_the_cache_to_its_end_leave_room_for_the_token_after_them():
+    model = tiny(ONE_LAYER)
+    out = kvjax.generate(
+        model, [[3]], max_new_tokens=256, algorithm=kvjax.speculate(kvjax.draft_model(model), drafted=4)
+    )
+    assert out.lengths.tolist() == [256] and out.speculated.acceptance == 1  # of 1 + 51 * 5 tokens, and one
+
+
 @pytest.mark.full
 def test_the_cache_grows_and_rows_end_where_the_model_has_no_more_positions():
     config = dataclasses.replace(ONE_LAYER, max_positions=300)

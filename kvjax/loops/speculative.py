@@ -176,7 +176,7 @@ class Speculating:
         lengths = np.asarray(self.state.emitted)
         wants = ~np.asarray(self.state.stopped) & (lengths < self.ends)
         room, fed = np.asarray(self.state.cache.room), np.asarray(self.state.cache.lengths)
-        return lengths, wants, np.minimum(fed + 1 + self.drafted, self.ends) > room
+        return lengths, wants, np.minimum(fed + 2 + self.drafted, self.wanted.limits) > room
 
     def grow(self) -> Speculating:
         """See `UnderWay`."""

@@ -89,9 +89,9 @@ class Speculation(struct.Value):
         """`[B]` bool, rows that want no more: stopped, at their end, or flagged."""
         return self.stopped | (self.emitted >= ends) | (self.cache.flags != 0)
 
-    def full(self, ends: Array, drafted: int) -> Array:
-        """`[B]` bool, rows that have no room for so many drafts, and for what they emit."""
-        return jnp.minimum(self.cache.lengths + 1 + drafted, ends) > self.cache.room
+    def full(self, limits: Array, drafted: int) -> Array:
+        """`[B]` bool, rows that have no room for so many drafts, and for what they emit, the last one fed as well."""
+        return jnp.minimum(self.cache.lengths + 2 + drafted, limits) > self.cache.room
 
 
 def begin(drafter: Drafter, progress: Progress, source: Source | None, *, drafted: int) -> Speculation:
@@ -131,8 +131,8 @@ def advance(
 
     Args:
         model, state, drafter, sampler, seeds, stops: as they are.
-        limits: `[B]` int32, lengths that filters see.
-        ends: `[B]` int32, lengths at which rows rest, no longer.
+        limits: `[B]` int32, lengths that filters see, and by which drafts are counted.
+        ends: `[B]` int32, lengths at which rows rest, no longer. Up to there tokens do not depend on them.
         chunks: int32.
         drafted: static, drafts of a round.
         rounds: static, of a chunk.
@@ -147,7 +147,7 @@ def advance(
 
     def more(carry: tuple[Array, Speculation]) -> Array:
         wants = ~carry[1].done(ends)
-        return (carry[0] < chunks) & jnp.any(wants) & ~jnp.any(wants & carry[1].full(ends, drafted))
+        return (carry[0] < chunks) & jnp.any(wants) & ~jnp.any(wants & carry[1].full(limits, drafted))
 
     def run(carry: tuple[Array, Speculation]) -> tuple[Array, Speculation]:
         return carry[0] + 1, lax.scan(one, carry[1], None, length=rounds)[0]
@@ -186,8 +186,9 @@ def _round(
     rejects: bool,
 ) -> Speculation:
     cache, n, rows = state.cache, state.cache.lengths, jnp.arange(state.cache.batch)
-    active = ~state.done(ends) & ~state.full(ends, drafted)
-    most = jnp.where(active, jnp.clip(ends - n - 2, 0, drafted), 0)  # the last one emitted is not fed
+    active = ~state.done(ends) & ~state.full(limits, drafted)
+    # The last one emitted is not fed. Where a row rests changes no draft: what comes before must come again.
+    most = jnp.where(active, jnp.clip(limits - n - 2, 0, drafted), 0)
     tokens = cache.tokens.at[rows, jnp.where(active, n, cache.capacity)].set(state.pending, mode="drop")
 
     def text(tokens: Array, lengths: Array) -> Text:
@@ -203,7 +204,7 @@ def _round(
     drafts = drafter.propose(model, cache, state.draft, tokens, most, active, drafted, choose)
     steps = jnp.arange(drafted, dtype=jnp.int32)[None, :]
     known = (drafts.tokens >= 0) & (drafts.tokens < state.logits.shape[1]) & (steps < most[:, None])
-    count = jnp.sum(jnp.cumprod(known.astype(jnp.int32), axis=1), axis=1)
+    count = jnp.sum(jnp.cumprod(known.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
     fed = jnp.concatenate([state.pending[:, None], drafts.tokens], axis=1)
     x, taken = drafter.verify(model, cache, drafts, jnp.maximum(fed, 0), jnp.where(active, 1 + count, 0))
     logits = model.head(model.params, model.config, x)
