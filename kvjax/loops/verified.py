@@ -230,7 +230,7 @@ def _round(
     on = same & ~made.hit & ~made.broken & (made.tokens >= 0) & (at + 1 < ends[None, :])
     begun = active & (taken.flags == 0)
     # A row goes as far as its drafts are kept; there one more token is its own, or a draft that ends it.
-    far = jnp.sum(jnp.cumprod(on[:-1].astype(jnp.int32), axis=0), axis=0)
+    far = jnp.sum(jnp.cumprod(on[:-1].astype(jnp.int32), axis=0), axis=0, dtype=jnp.int32)
     pick = lambda x: jnp.take_along_axis(x, far.reshape(1, -1, *(1,) * (x.ndim - 2)), axis=0)[0]  # noqa: E731
     token, here = pick(made.tokens), text(taken.tokens, pick(at))
     if laws is not None:
