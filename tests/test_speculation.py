@@ -225,6 +225,15 @@ def test_drafts_that_fill_the_cache_to_its_end_leave_room_for_the_token_after_th
     assert out.lengths.tolist() == [256] and out.speculated.acceptance == 1  # of 1 + 51 * 5 tokens, and one
 
 
+def test_drafts_take_no_page_that_the_text_needs():
+    model, wrong = tiny(ONE_LAYER), kvjax.speculate(Nonsense(jnp.int32(5)), drafted=2)
+    want = generate(PROMPTS[1:], model, max_new_tokens=[9, 6])  # 16 and 8 tokens: four pages and two, all full
+    stops = [want.tokens[row][: want.lengths[row]][-2:].tolist() for row in range(2)]
+    out = generate(PROMPTS[1:], model, stop=stops, plan=caches.paged(4, pages=6), algorithm=wrong)
+    same(out, generate(PROMPTS[1:], model, stop=stops, plan=caches.paged(4, pages=6)))
+    assert out.lengths.tolist() == [9, 6] and out.speculated.proposed.sum() > 0
+
+
 @pytest.mark.full
 def test_the_cache_grows_and_rows_end_where_the_model_has_no_more_positions():
     config = dataclasses.replace(ONE_LAYER, max_positions=300)

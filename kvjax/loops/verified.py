@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kvjax import sampling, struct
-from kvjax.caches.base import Cache
+from kvjax.caches.base import Cache, Span
 from kvjax.caches.cross import Source
 from kvjax.caches.flags import NAN, NO_TOKEN
 from kvjax.caches.loosening import loosened
@@ -189,6 +189,10 @@ def _round(
     active = ~state.done(ends) & ~state.full(limits, drafted)
     # The last one emitted is not fed. Where a row rests changes no draft: what comes before must come again.
     most = jnp.where(active, jnp.clip(limits - n - 2, 0, drafted), 0)
+    if cache.shared:  # of a pool of pages with too few for all the drafts nobody drafts: what is said needs them
+        places = n[:, None] + jnp.arange(drafted + 1, dtype=jnp.int32)[None, :]
+        refused = cache.reserve(Span(n, jnp.where(active, 1 + most, 0), places))[1]
+        most = jnp.where(jnp.any(refused != 0), 0, most)
     tokens = cache.tokens.at[rows, jnp.where(active, n, cache.capacity)].set(state.pending, mode="drop")
 
     def text(tokens: Array, lengths: Array) -> Text:
