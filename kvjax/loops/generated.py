@@ -9,6 +9,7 @@ import numpy as np
 
 from kvjax.caches.base import Cache
 from kvjax.loops.algorithms import Candidate
+from kvjax.loops.speculative import Speculated
 from kvjax.types import Array
 
 
@@ -88,7 +89,7 @@ class Generated:
     samples: int = 1
     logprobs: Logprobs | None = None
     candidates: list[list[Candidate]] | None = None
-    speculated: Any = None
+    speculated: Speculated | None = None
 
     @property
     def scores(self) -> np.ndarray | None:
