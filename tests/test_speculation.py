@@ -370,6 +370,15 @@ def test_a_drafter_of_ones_own_may_say_anything():
     assert out.speculated.proposed.sum() > 0
 
 
+def test_a_drafter_that_forgets_the_laws_of_what_it_draws_is_named():
+    @struct.node
+    class Forgets(Nonsense):
+        drawn = True
+
+    with pytest.raises(InputError, match="Forgets gives no laws"):
+        generate(algorithm=kvjax.speculate(Forgets(jnp.int32(5)), drafted=4), sampler=WARM)
+
+
 def test_a_loosened_ring_can_be_rewound_as_far_and_says_how_far():
     model = tiny(WINDOWED)
     logits, cache = kvjax.prefill(model, kvjax.init_cache(model, caches.ring(6, slack=1), batch=3, capacity=64), IDS)
