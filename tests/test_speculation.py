@@ -140,6 +140,8 @@ def test_an_encoder_decoder_drafts_too_with_a_source_of_its_own():
     want = generate(sources, model, target=[[5], [6, 7], [8]])
     for _, drafter in drafters(RELATIVE):
         same(generate(sources, model, target=[[5], [6, 7], [8]], algorithm=kvjax.speculate(drafter, drafted=2)), want)
+    forced = kvjax.LM(model, tokenizer(), start_ids=(2, 0))
+    assert generate(sources, forced, max_new_tokens=4, algorithm=LOOKUP).speculated.tokens.tolist() == [4] * 3
     after = generate(sources, model, target=[[5], [6, 7], [8]], max_new_tokens=4)
     with pytest.raises(InputError, match="the draft attends to sources, which are known with prompts"):
         generate(None, model, after=after, algorithm=kvjax.speculate(kvjax.draft_model(near(RELATIVE))))
@@ -223,6 +225,16 @@ def test_drafts_that_fill_the_cache_to_its_end_leave_room_for_the_token_after_th
         model, [[3]], max_new_tokens=256, algorithm=kvjax.speculate(kvjax.draft_model(model), drafted=4)
     )
     assert out.lengths.tolist() == [256] and out.speculated.acceptance == 1  # of 1 + 51 * 5 tokens, and one
+
+
+def test_where_drafts_are_drawn_a_row_says_the_same_alone_and_beside_others():
+    """With a fixed number of drafts, as `speculate` promises."""
+    drawn = kvjax.speculate(kvjax.draft_model(near()), drafted=4)
+    options = {"sampler": WARM, "algorithm": drawn}
+    beside = generate(max_new_tokens=[STEPS, 1, 11], seed=[1, 2, 3], **options)
+    alone = generate(PROMPTS[:1], seed=1, **options)
+    np.testing.assert_array_equal(beside.tokens[:1], alone.tokens)
+    assert beside.speculated.calls[0] == alone.speculated.calls[0] and 0 < alone.speculated.acceptance < 1
 
 
 def test_drafts_take_no_page_that_the_text_needs():
@@ -356,6 +368,15 @@ def test_a_drafter_of_ones_own_may_say_anything():
     out = generate(algorithm=kvjax.speculate(Nonsense(jnp.int32(5)), drafted=4))
     same(out, generate())
     assert out.speculated.proposed.sum() > 0
+
+
+def test_a_drafter_that_forgets_the_laws_of_what_it_draws_is_named():
+    @struct.node
+    class Forgets(Nonsense):
+        drawn = True
+
+    with pytest.raises(InputError, match="Forgets gives no laws"):
+        generate(algorithm=kvjax.speculate(Forgets(jnp.int32(5)), drafted=4), sampler=WARM)
 
 
 def test_a_loosened_ring_can_be_rewound_as_far_and_says_how_far():

@@ -102,10 +102,10 @@ class Speculate:
             source = encode(own, *padded(wanted.sources))
         far = progress.cache.max_rewind
         begin = _begin if far is None or far >= most else _begin_wider
+        begun = np.asarray(progress.cache.lengths)
         state = begin(self.drafter, progress, source, drafted=most)
-        return Speculating(
-            state, wanted, self, sampler, rejects, wanted.limits, FIRST if self.drafted is None else most
-        )
+        drafted = FIRST if self.drafted is None else most
+        return Speculating(state, begun, wanted, self, sampler, rejects, wanted.limits, drafted)
 
 
 def speculate(drafter: Drafter, *, drafted: int | None = None, same_tokens: bool = False) -> Speculate:
@@ -142,6 +142,7 @@ class Speculating:
 
     Args:
         state: where it stands.
+        begun: `[B]`, tokens of each row before the new ones.
         wanted: see `Algorithm.begin`.
         how: what was asked for.
         sampler: with the model's filters.
@@ -154,6 +155,7 @@ class Speculating:
     """
 
     state: Speculation
+    begun: np.ndarray
     wanted: Wanted
     how: Speculate
     sampler: Any
@@ -252,7 +254,7 @@ class Speculating:
     def report(self) -> Speculated:
         """See `UnderWay`."""
         tally: Any = jax.tree.map(np.asarray, self.state.tally)
-        made = np.asarray(self.state.emitted) - self.wanted.scored
+        made = np.asarray(self.state.emitted) - self.begun
         parts = tally.calls, tally.proposed, tally.tested, tally.kept, tally.drafting
         return Speculated(*parts, made, dict(sorted(self.rounds.items())))
 

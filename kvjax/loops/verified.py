@@ -14,6 +14,7 @@ from kvjax.caches.base import Cache, Span
 from kvjax.caches.cross import Source
 from kvjax.caches.flags import NAN, NO_TOKEN
 from kvjax.caches.loosening import loosened
+from kvjax.errors import InputError
 from kvjax.loops.decode import Progress, back_to, flag_nan, flag_none
 from kvjax.loops.drafters import Drafter
 from kvjax.loops.noted import Noted
@@ -218,7 +219,8 @@ def _round(
     given = jnp.concatenate([drafts.tokens.T, jnp.full((1, cache.batch), -1, jnp.int32)])
     laws = None
     if rejects:
-        assert drafts.laws is not None, "of what was drawn"
+        if drafts.laws is None:
+            raise InputError(f"speculate: {type(drafter).__name__} gives no laws; say `drawn = False` of its drafts")
         laws = jnp.swapaxes(drafts.laws, 0, 1)
         laws = jnp.concatenate([laws, jnp.zeros_like(laws[:1])])  # of no draft, and not looked at
     logits = jnp.swapaxes(logits, 0, 1)
