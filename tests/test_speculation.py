@@ -206,6 +206,7 @@ def test_a_stream_shows_what_generate_gives_and_stop_strings_cut_where_they_shou
     np.testing.assert_array_equal(cut.tokens, plainly.tokens)
 
 
+@pytest.mark.full
 def test_a_stop_string_cuts_drawn_drafts_without_changing_what_came_before():
     """The row is run again up to where the string ends: there its drafts must be those of the first time."""
     text = kvjax.LM(MODEL, tokenizer())
@@ -227,6 +228,7 @@ def test_drafts_that_fill_the_cache_to_its_end_leave_room_for_the_token_after_th
     assert out.lengths.tolist() == [256] and out.speculated.acceptance == 1  # of 1 + 51 * 5 tokens, and one
 
 
+@pytest.mark.full
 def test_where_drafts_are_drawn_a_row_says_the_same_alone_and_beside_others():
     """With a fixed number of drafts, as `speculate` promises."""
     drawn = kvjax.speculate(kvjax.draft_model(near()), drafted=4)

@@ -215,11 +215,10 @@ class Speculating:
             rounds=max(wanted.every // (drafted + 1), 1),
             rejects=self.rejects,
         )
-        ran = int(np.asarray(state.tally.calls).max(initial=0))
         return dataclasses.replace(
             self,
             state=state,
-            rounds=self.rounds | {drafted: self.rounds.get(drafted, 0) + ran - sum(self.rounds.values())},
+            rounds=self.rounds | {drafted: self.rounds.get(drafted, 0) + int(state.rounds) - sum(self.rounds.values())},
             drafted=drafted if had is None else self._chosen(model, had, jax.tree.map(np.asarray, state.tally)),
             looks=self.looks + 1,
             before=self if wanted.again else None,

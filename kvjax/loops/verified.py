@@ -65,7 +65,7 @@ class Speculation(struct.Value):
         stopped: `[B]` bool, rows that emitted what stops them.
         starts: `[B]` int32, tokens of each row that were given.
         tally: so far.
-        wasted: int32, rounds that no row needed: a chunk runs to its end.
+        rounds, wasted: int32, rounds so far that some row needed, and that none did: a chunk runs to its end.
         noted: log-probabilities of the new tokens, or None where nobody asked.
         copies: rows next to each other that are of one prompt.
     """
@@ -77,6 +77,7 @@ class Speculation(struct.Value):
     stopped: Array
     starts: Array
     tally: Tally
+    rounds: Array
     wasted: Array
     noted: Noted | None = None
     copies: int = struct.static(default=1)
@@ -107,6 +108,7 @@ def begin(drafter: Drafter, progress: Progress, source: Source | None, *, drafte
         jnp.asarray(progress.stopped),
         starts,
         Tally.none(cache.batch),
+        jnp.zeros((), jnp.int32),
         jnp.zeros((), jnp.int32),
         progress.noted,
         progress.copies,
@@ -259,6 +261,7 @@ def _round(
         pending=jnp.where(good, token, jnp.where(begun, before, state.pending)),
         draft=drafter.settle(drafts.state, n + new),
         stopped=state.stopped | (good & stops.hit(here, token)),
+        rounds=state.rounds + jnp.any(active).astype(jnp.int32),
         wasted=state.wasted + jnp.all(~active).astype(jnp.int32),
         noted=noted,
         tally=Tally(
