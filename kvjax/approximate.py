@@ -22,7 +22,7 @@ import numpy as np
 
 from kvjax.caches.base import Cache, Span
 from kvjax.caches.flags import CAPACITY, COUNT, POSITIONS, REWIND, ask
-from kvjax.checks import bucket, either, is_concrete, whole
+from kvjax.checks import array, bucket, either, is_concrete, whole
 from kvjax.config import Config
 from kvjax.errors import CacheError, InputError
 from kvjax.loops.decode import prefill
@@ -51,7 +51,8 @@ class Approximated(NamedTuple):
     """What an approximate edit gives; `logits, cache = …` unpacks it.
 
     Args:
-        logits: `[B, V]`, after each row's last token; of a row that has none they mean nothing.
+        logits: `[B, V]`, after each row's last token; of a row that has none they mean nothing. NaN where that is the
+            last of a prefix which rows share, and is not fed again.
         cache: of the edited text.
     """
 
@@ -102,7 +103,8 @@ def _fed_again(model: Model, cache: Cache, start: Array, count: Array, good: Arr
     last = jnp.take_along_axis(cache.tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
     x, cache = feed(model, cache.replace(lengths=lengths - one), last, one)
     logits, cache = finish(model, cache.replace(lengths=lengths), x, one)
-    return Approximated(logits[:, 0], cache)
+    unknown = (one == 0) & (lengths > 0)
+    return Approximated(jnp.where(unknown[:, None], jnp.nan, logits[:, 0]), cache)
 
 
 def _splice(
@@ -293,8 +295,9 @@ def _a_row(name: str, x: Any, batch: int) -> Any:
 
 def _new(model: Model, batch: int, tokens: Any, valid: Any) -> tuple[Any, Any]:
     """New tokens `[B, S]`, S a bucket where they can be looked at, and how many are real."""
-    if not isinstance(tokens, jax.Array) and (tokens is None or not np.size(tokens)):
-        tokens = np.zeros(np.shape([] if tokens is None else tokens), np.int32)  # of an empty list NumPy makes floats
+    if not isinstance(tokens, jax.Array):
+        tokens = array("splice: tokens", [] if tokens is None else tokens)
+        tokens = tokens if tokens.size else np.zeros(tokens.shape, np.int32)  # of an empty list NumPy makes floats
     tokens = whole("splice: tokens", tokens)
     if tokens.ndim not in (1, 2) or (tokens.ndim == 2 and tokens.shape[0] != batch):
         raise InputError(f"splice: tokens has shape {list(tokens.shape)}, it must be [n] or [{batch}, n]")

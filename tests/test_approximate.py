@@ -303,6 +303,8 @@ def test_what_rows_share_as_a_prefix_is_refused_and_what_follows_is_not():
     result = approximate.splice(model, rows, np.array([6, 5, 5]), np.array([9, 7, 5]), NEW, VALID)
     found = result.divergence(model)
     assert np.asarray(found.logits).max() < EXACT * np.abs(np.asarray(result.logits)).max()
+    ended = approximate.splice(model, rows, 5, np.array([14, 6, 6]))
+    assert ended.cache.lengths.tolist() == [5, 8, 5] and np.isnan(ended.logits).all(1).tolist() == [True, False, True]
     with pytest.raises(CacheError, match="row 0 from 4 on goes into what other rows share, its first 5 tokens"):
         approximate.splice(model, rows, 4, 6, [1])
     flags = jax.jit(lambda c, at: approximate.splice(model, c, at, 6, [1]).cache.flags)(rows, np.array([4, 5, 6]))
@@ -323,7 +325,14 @@ def test_mistakes_are_errors_on_the_host():
     short = model.replace(config=dataclasses.replace(model.config, max_positions=20))
     with pytest.raises(CacheError, match="row 0 would have 21 tokens, positions of the model 20"):
         approximate.splice(short, cache, 0, 0, [0] * 5)
-    for wrong in ({"tokens": [[1, 2]]}, {"tokens": [1.5]}, {"tokens": [VOCAB]}, {"tokens": 3}, {"start": [1, 2]}):
+    for wrong in (
+        {"tokens": [[1, 2], [3], [4]]},
+        {"tokens": [[1, 2]]},
+        {"tokens": [1.5]},
+        {"tokens": [VOCAB]},
+        {"tokens": 3},
+        {"start": [1, 2]},
+    ):
         with pytest.raises(InputError, match=f"splice: ({'|'.join(wrong)}|row 0 has id)"):
             splice(**{"start": 0, "stop": 1, "tokens": [1], **wrong})
     with pytest.raises(InputError, match="rerotate"):

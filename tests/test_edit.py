@@ -18,7 +18,7 @@ from test_own_model import MODEL
 import kvjax
 from kvjax import CacheError, InputError, caches, codecs, costs, transformer
 from kvjax.caches.base import Node
-from kvjax.caches.flags import CAPACITY, COUNT, REWIND
+from kvjax.caches.flags import CAPACITY, COUNT, PAGES, REWIND
 from kvjax.caches.ring import Ring
 from kvjax.checks import bucket
 from kvjax.loops import cone, decode, edit, rework
@@ -230,6 +230,19 @@ def test_what_follows_moves_where_it_does_not_depend_on_its_place(case):
         assert planned(other, text(other)[1], an_edit(3, 3, 1)).cone is None
 
 
+UNEQUAL = Case("slack differs", (caches.ring(WINDOW, slack=9), caches.ring(WINDOW, slack=1)), WINDOWED, slack=1)
+
+
+def test_a_shortened_row_can_be_rewound_whatever_the_slack_of_its_rings():
+    texts, cache = text(UNEQUAL)
+    each = an_edit([88, 68, 40], [90, 70, 40], 0)
+    logits, after = kvjax.edit(UNEQUAL.model, cache, *each)
+    assert after.rewind(after.lengths).lengths.tolist() == [88, 68, 40]
+    edits.as_fresh(UNEQUAL, np.asarray(logits), after.check(), each.of(texts))
+    rings = [(WINDOW, kind.slack) for kind in UNEQUAL.plan]
+    assert planned(UNEQUAL, cache, each).positions.tolist() == predicted(UNEQUAL, each, rings=rings)
+
+
 # ---------------------------------------------------------------- negative controls
 
 
@@ -299,6 +312,35 @@ def test_a_model_of_one_s_own_is_edited_too(plan):
         assert of_ids(cache) == texts
 
 
+@pytest.mark.full
+def test_a_ring_of_one_s_own_model_that_is_filled_again_can_be_rewound():
+    cache = kvjax.init_cache(MODEL, caches.ring(6, slack=2), batch=1, capacity=48)
+    _, cache = kvjax.prefill(MODEL, cache, prompt_ids(5, 1, 40) % 50)
+    _, after = kvjax.edit(MODEL, cache, 5, 15)
+    assert after.rewind(29).lengths.tolist() == [29]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("share", [1, 2])
+def test_pages_beside_a_layer_that_keeps_nothing_are_edited(share):
+    case = Case("pages beside recompute", (caches.paged(8, share=share), caches.recompute()), keeps=False)
+    cache, each = case.fed([16, 9, 1])[1], an_edit([3, 0, 1], [4, 9, 1], [3, 0, 0])
+    logits, after = kvjax.edit(case.model, cache, *each)
+    want, _ = kvjax.prefill(case.model, case.empty(), *edits.padded(each.of(of_ids(cache))))
+    np.testing.assert_allclose(logits[::2], want[::2], rtol=0, atol=1e-5 * np.abs(want).max())
+    assert after.check().lengths.tolist() == [18, 0, 1]
+
+
+@pytest.mark.full
+def test_edits_of_one_cache_are_mapped_over_their_tokens():
+    case = WINDOWED_CASES[0]
+    cache, tokens = text(case)[1], np.array([[5, 6], [7, 8]], np.int32)
+    found = jax.vmap(lambda new: kvjax.edit(case.model, cache, 3, 5, new)[0])(tokens)
+    for new, logits in zip(tokens, found, strict=True):
+        want, _ = kvjax.edit(case.model, cache, 3, 5, new)
+        np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
 JITTED = (
     (CASES["dense"], CASES["dense"].model),
     (CASES["ring"], CASES["ring"].model),
@@ -352,6 +394,7 @@ def test_what_cannot_be_edited_is_an_error_that_names_row_and_numbers():
         (InputError, "valid", (0, 0, np.zeros((3, 1), int), [0, 2, 0])),
         (InputError, "edit: start has shape", ([0, 1], 1, None)),
         (InputError, "tokens float64", (0, 0, 0.5 * one)),
+        (InputError, "edit: tokens must be whole numbers in rows of equal length", (0, 0, [[1, 2], [3], [4]])),
     )
     for error, message, arguments in wrong:
         with pytest.raises(error, match=message):
@@ -372,6 +415,32 @@ def test_pages_that_run_out_are_an_error_and_nothing_is_lost():
         kvjax.edit(case.model, cache, [0, 7, 1], [0, 7, 1], prompt_ids(1, 3), [1, 0, 0])
     assert bits(cache) == before
     assert kvjax.edit(case.model, cache, 0, 1, [5])[1].check().lengths.tolist() == [16, 7, 1]
+
+
+@pytest.mark.full
+def test_a_row_that_finds_no_page_under_jit_keeps_its_text():
+    case = CASES["paged and shared"]
+    cache = kvjax.init_cache(case.model, caches.paged(8, pages=3, share=2), batch=1, capacity=24)
+    _, cache = kvjax.prefill(case.model, cache, prompt_ids()[:1, :9])
+    both = cache.take([0, 0]).rewind([8, 9])
+    _, both = kvjax.prefill(case.model, both, prompt_ids(1, 2)[:, :9], np.array([0, 9]))
+    each = (np.array(x, np.int32) for x in ([3, 18], [4, 18], [[5], [5]], [1, 0]))
+    _, after = jax.jit(kvjax.edit)(case.model, both, *each)
+    assert after.flags.tolist() == [PAGES, 0] and of_ids(after) == of_ids(both)
+    assert after.written.tolist() == both.written.tolist()
+
+
+@pytest.mark.full
+def test_an_edit_takes_no_page_that_it_leaves_as_it_is():
+    case = Case("a pool", caches.paged(4, pages=9, share=2), WINDOWED)
+    cache = kvjax.init_cache(case.model, case.plan, batch=1, capacity=24)
+    _, cache = kvjax.prefill(case.model, cache, prompt_ids(5, 1, 24))
+    both = cache.take([0, 0])  # five pages that both read, and the last one of each
+    each = edits.Edit(*(np.array(x, np.int32) for x in ([1, 24], [2, 24], [[5], [5]], [1, 0])))
+    logits, after = kvjax.edit(case.model, both, *each)  # layer 1 keeps other keys up to position 6, gives others to 11
+    want, _ = kvjax.prefill(case.model, case.but(caches.dense()).empty(2), *edits.padded(each.of(of_ids(both))))
+    np.testing.assert_allclose(logits, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert of_ids(after.check()) == each.of(of_ids(both))
 
 
 @pytest.mark.full

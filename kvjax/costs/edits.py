@@ -45,10 +45,11 @@ def edit_positions(
         return (0,) * layers
     if start == stop and not new:
         start = stop = end
+    short = end < length - min((ring[1] for ring in rings or () if ring), default=length)
     wanted, first = end - 1, []
     for ring in reversed(rings or (None,) * layers):
         at = min(wanted, start)
-        if ring is not None and at < length - ring[1] - 1:
+        if ring is not None and (short or at < length - ring[1] - 1):
             at = max(min(wanted - (ring[0] - 1), end - sum(ring)), 0)
         wanted = at
         first.append(at)

@@ -142,10 +142,9 @@ def run(model: Model, cache: Cache, start: np.ndarray, cone: Cone, program: Any)
         CacheError: what is written is shared, and there is no room for a row's own.
     """
     if any(not entry.still for entry in cache.shared.values()):
-        steps = np.arange(bucket(int((cone.until[-1] - start).max()))), cone.until[-1][:, None]
-        places = jnp.asarray(
-            np.where(start[:, None] + steps[0] < steps[1], start[:, None] + steps[0], EMPTY), jnp.int32
-        )
+        end = cone.until[-2]  # of what the last layer keeps
+        at = start[:, None] + np.arange(bucket(int((end - start).max())))
+        places = jnp.asarray(np.where(at < end[:, None], at, EMPTY), jnp.int32)
         shared, refused = ask(cache.shared, lambda entry: entry.claim(places), jnp.zeros_like(cache.flags))
         for row in np.flatnonzero(refused).tolist():
             raise CacheError(f"edit: row {row} from {start[row]} on: {meaning(int(refused[row]))}")

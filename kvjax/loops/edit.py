@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax.caches.base import Cache
 from kvjax.caches.flags import CAPACITY, COUNT, POSITIONS, REWIND
-from kvjax.checks import is_concrete, whole
+from kvjax.checks import array, is_concrete, whole
 from kvjax.errors import CacheError, InputError
 from kvjax.loops import rework
 from kvjax.model import Model, check_ids, check_valid
@@ -144,11 +145,11 @@ def _checked_cache(name: str, cache: Any) -> Cache:
 
 def _tokens(name: str, model: Model, tokens: Any, valid: Any, b: int) -> tuple[Any, Any]:
     """`tokens[B, n]` and `valid[B]` as int32."""
-    if tokens is None or np.size(tokens) == 0:
-        shape = np.shape(tokens) if tokens is not None and np.ndim(tokens) == 2 else (b, 0)
-        new: Any = np.zeros(shape, np.int32)
-    else:
-        new = whole(f"{name}: tokens", tokens)
+    tokens = np.zeros((b, 0), np.int32) if tokens is None else tokens
+    new: Any = tokens if isinstance(tokens, jax.Array) else array(f"{name}: tokens", tokens)
+    if not new.size:  # of an empty list NumPy makes floats
+        new = np.zeros(new.shape if new.ndim == 2 else (b, 0), np.int32)
+    new = whole(f"{name}: tokens", new)
     new = (np if is_concrete(new) else jnp).asarray(new)
     if new.ndim == 1:
         new = np.broadcast_to(new, (b, *new.shape)) if is_concrete(new) else jnp.broadcast_to(new, (b, *new.shape))

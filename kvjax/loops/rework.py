@@ -11,7 +11,7 @@ import numpy as np
 
 from kvjax.caches.base import Cache, OpenCache, Span
 from kvjax.caches.flags import ask, meaning
-from kvjax.checks import BUCKET, bucket, is_concrete
+from kvjax.checks import BUCKET, MOST, bucket, is_concrete
 from kvjax.config import Config
 from kvjax.errors import CacheError
 from kvjax.layers import Rotation, decoder_layer
@@ -93,10 +93,12 @@ def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any, by: An
 
     From the last layer down: what a layer must give decides what it takes in, and that is what the one below must give.
     """
-    host = is_concrete(lengths) and is_concrete(start)
+    host = isinstance(lengths, np.ndarray) and isinstance(start, np.ndarray)
     numeric: Any = np if host else jnp
     floor = least(cache)
     written: Any = np.asarray(cache.written) if host else cache.written
+    if cache.max_rewind is not None:  # shorter than the least slack allows: rings of more slack are filled again, too
+        written = numeric.where(lengths < written - cache.max_rewind, MOST, written)
     last = (lengths - 1).clip(0)
     wanted, first, anew = last, [], lengths >= 0
     for node in reversed(cache.layers):
@@ -112,7 +114,7 @@ def plan(model: Model, cache: Cache, start: Any, stop: Any, lengths: Any, by: An
     if not by_layer and not cache.replays:
         lost = numeric.any(begins < start.clip(None, last)[None], axis=0)
         begin = numeric.where(lost, numeric.minimum(floor, lengths), begins.min(0)).astype(numeric.int32)
-        begins, anew = numeric.broadcast_to(begin, begins.shape), begin <= floor
+        begins, anew = numeric.broadcast_to(begin, begins.shape), anew | (begin <= floor)
     by_layer &= bool((begins != begins.min(0)).any()) if host else cache.max_rewind is not None
     written = numeric.where(anew, lengths, numeric.maximum(written, lengths)).astype(numeric.int32)
     work = Work(start, lengths, begins, written, None, by_layer)
@@ -192,16 +194,19 @@ DONATING = Programs(loop.DONATING.prefill, jax.jit(_layers, donate_argnums=1), c
 
 def run(model: Model, cache: Cache, text: Any, work: Work, programs: Programs) -> tuple[Array, Cache]:
     """Goes back and feeds `text[B, T]` again as `work` says."""
-    host = is_concrete(work.first)
+    host = isinstance(work.first, np.ndarray)
     numeric: Any = np if host else jnp
-    cache = cache.replace(tokens=jnp.asarray(text))
     if work.cone is not None:
-        cache = cache.replace(lengths=jnp.asarray(work.lengths), written=jnp.asarray(work.written))
+        lengths, written = jnp.asarray(work.lengths), jnp.asarray(work.written)
+        cache = cache.replace(tokens=jnp.asarray(text), lengths=lengths, written=written)
         return _last(model, cones.run(model, cache, work.start, work.cone, programs.cone), work, programs)
     begin, count = work.begin, work.count
     keep = numeric.minimum(work.start, work.lengths if work.by_layer else begin)
+    tokens, written = cache.tokens, cache.written
     cache, refused = _back(cache, keep, work)
     count = numeric.where(refused, 0, count)
+    tokens, written = numeric.where(refused[:, None], tokens, text), numeric.where(refused, written, work.written)
+    cache = cache.replace(tokens=jnp.asarray(tokens))
     extra: tuple[Any, ...] = ()
     if work.by_layer:
         pairs = zip(work.first, cache.layers, strict=True)
@@ -221,7 +226,7 @@ def run(model: Model, cache: Cache, text: Any, work: Work, programs: Programs) -
     unknown = (count == 0) & (work.lengths > 0)
     if not host or unknown.any():
         logits = jnp.where(unknown[:, None], jnp.nan, logits)
-    return logits, cache.replace(written=jnp.asarray(work.written))
+    return logits, cache.replace(written=jnp.asarray(written))
 
 
 def _last(model: Model, cache: Cache, work: Work, programs: Programs) -> tuple[Array, Cache]:
@@ -249,6 +254,9 @@ def _back(cache: Cache, keep: Any, work: Work) -> tuple[Cache, Any]:
     if any(not entry.still for entry in shared.values()):
         to = jnp.asarray(keep)
         shared, bits = ask(shared, lambda entry: entry.rewind(to), jnp.zeros_like(flags))
+        if cache.replays:  # the last token is fed, and all before it is written anew
+            before = Span(to, jnp.asarray(begin - keep), cache.tokens)
+            shared, bits = ask(shared, lambda entry: entry.reserve(before), bits)
         if is_concrete(bits) and is_concrete(begin):
             room = jnp.zeros((cache.batch, max(int(work.count.max()), 1)), jnp.int32)
             asked = Span(jnp.asarray(begin), jnp.asarray(work.count), room)
