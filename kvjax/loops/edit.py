@@ -51,9 +51,9 @@ def edit(
         valid: `[B]` int32, how many of a row's tokens are real, or None for all.
 
     Returns:
-        Logits `[B, V]` after each row's last token, and the cache. A row where nothing is to be done stays as it is,
-        but for its last token, which is fed again. Logits of a row that is empty then mean nothing; those of one that
-        ends with a prefix which rows share, and which is not fed again, are NaN.
+        Logits `[B, V]` after each row's last token, and the cache, its flags cleared as by `rewind`. A row where
+        nothing is to be done stays as it is, but for its last token, which is fed again. Logits of a row that is empty
+        then mean nothing; those of one that ends with a prefix which rows share, and which is not fed again, are NaN.
 
     Raises:
         InputError: shapes or dtypes are wrong, `start` is negative or after `stop`, `valid` is outside 0 to n, or an id
