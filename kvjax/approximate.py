@@ -129,8 +129,10 @@ def _splice(
     shared, refused = cache.reserve(Span(had, more, ahead))
     flags |= refused
     room = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :]
-    changed = (room >= start[:, None]) & (room < (had + by)[:, None]) & (flags == 0)[:, None]
-    cache, refused = _own(cache.replace(shared=shared), jnp.where(changed, room, EMPTY))
+    end = jnp.where(by == 0, start + valid, had + by)
+    changed = (room >= start[:, None]) & (room < end[:, None]) | (room == (had + by)[:, None] - 1)
+    acts = (flags == 0) & ((start < stop) | (valid > 0))
+    cache, refused = _own(cache.replace(shared=shared), jnp.where(changed & acts[:, None], room, EMPTY))
     flags |= refused
     good = flags == 0
     by = jnp.where(good, by, 0)

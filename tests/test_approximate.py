@@ -295,6 +295,17 @@ def test_rows_that_share_pages_or_a_prefix_are_not_changed_by_an_edit_of_one():
 
 
 @pytest.mark.full
+def test_a_splice_takes_no_page_that_it_leaves_as_it_is():
+    model = tiny(ONE_LAYER)
+    one = kvjax.init_cache(model, caches.paged(4, pages=6, share=2), batch=1, capacity=24)
+    both = kvjax.prefill(model, one, prompt_ids(0, 1))[1].take([0, 0])  # three pages that both read, the last of each
+    result = approximate.splice(model, both, np.array([1, 0]), np.array([2, 0]), [[5], [0]], np.array([1, 0]))
+    old, new = (np.asarray(x.keys(0)) for x in (both, result.cache.check()))
+    assert off(model, result.logits[0], ids_after(both, 0, [1], [2], np.array([[5]]), [1])) < EXACT
+    assert old[1, :, :15].tobytes() == new[1, :, :15].tobytes() and (old[0, :, 1] != new[0, :, 1]).any()
+
+
+@pytest.mark.full
 def test_what_rows_share_as_a_prefix_is_refused_and_what_follows_is_not():
     model = tiny(ONE_LAYER)
     _, prompt = kvjax.prefill(model, kvjax.init_cache(model, capacity=8), prompt_ids(0, 1)[:, :5])

@@ -39,8 +39,9 @@ def edit(
     up to l · (w - 1) positions behind them: all others stay bitwise as they are, and the last token is fed again for
     its logits. With a trace of every layer's input (`caches.hybrid()`, layer inputs) each layer runs on its own part
     only. If only distances matter to the model and keys are kept un-turned, the text may also grow or shrink: what
-    follows moves, equal to rounding. All rows must allow it. This compiles once for each bucket of new tokens, and once
-    for the last one. Under `jit`, where lengths are not known, all from `start` on is one chunk, of the capacity.
+    follows moves, equal to rounding. All rows must allow it. This compiles once for each bucket of new tokens (near the
+    end, and where a layer sees everything, of what follows too), and once for the last one. Under `jit`, where lengths
+    are not known, all from `start` on is one chunk, of the capacity.
 
     Args:
         model: any model.
@@ -50,9 +51,9 @@ def edit(
         valid: `[B]` int32, how many of a row's tokens are real, or None for all.
 
     Returns:
-        Logits `[B, V]` after each row's last token, and the cache. A row where nothing is to be done stays as it is,
-        but for its last token, which is fed again. Logits of a row that is empty then mean nothing; those of one that
-        ends with a prefix which rows share, and which is not fed again, are NaN.
+        Logits `[B, V]` after each row's last token, and the cache, its flags cleared as by `rewind`. A row where
+        nothing is to be done stays as it is, but for its last token, which is fed again. Logits of a row that is empty
+        then mean nothing; those of one that ends with a prefix which rows share, and which is not fed again, are NaN.
 
     Raises:
         InputError: shapes or dtypes are wrong, `start` is negative or after `stop`, `valid` is outside 0 to n, or an id
