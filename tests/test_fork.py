@@ -30,6 +30,8 @@ def through_everything(model, out, cache, logits, branch, folder):
     yield [piece.tokens for piece in kvjax.stream(model, after=out, max_new_tokens=6)]
     yield kvjax.generate(model, after=out, max_new_tokens=6, algorithm=DRAFTING)
     yield kvjax.loglikelihood(model, cache, logits, ids[:, :5])
+    yield kvjax.edit(model, cache, cache.lengths - 1, cache.lengths - 1 + branch, [3 + branch, 4])
+    yield kvjax.sync(model, cache, ids[:, :5])
     if cache.branches:
         yield kvjax.branched(cache, 2)
     yield cache.rewind(cache.lengths - 1 * (branch == 0))
@@ -68,6 +70,8 @@ def test_every_public_function_that_takes_a_cache_is_in_this_test():
         "generate",
         "stream",
         "loglikelihood",
+        "edit",
+        "sync",
         "branched",
         "save_cache",
     }
@@ -95,7 +99,8 @@ def test_donating_twins_give_equal_results_and_use_the_cache_up(case):
         "step": lambda where, cache: where.step(model, cache, ids[:, 0]),
         "decode": lambda where, cache: where.decode(model, cache, logits, steps=STEPS, sampler=SAMPLER),
     }
-    assert set(calls) | {"decode_until", "resume"} >= set(kvjax.donating.__all__)  # resume: test_resume
+    elsewhere = {"decode_until", "resume", "edit", "sync"}  # in test_resume and test_edit
+    assert set(calls) | elsewhere >= set(kvjax.donating.__all__)
     for name, call in calls.items():
         own = jax.tree.map(jnp.copy, cache)
         want = snapshot(call(kvjax, own))

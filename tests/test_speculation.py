@@ -154,7 +154,8 @@ LOOKUP = kvjax.speculate(kvjax.prompt_lookup(2), drafted=4)
 COUPLED = kvjax.speculate(kvjax.draft_model(near()), drafted=4, same_tokens=True)
 
 
-@pytest.mark.parametrize("how", [LOOKUP, pytest.param(COUPLED, marks=pytest.mark.full)], ids=["lookup", "model"])
+@pytest.mark.full
+@pytest.mark.parametrize("how", [LOOKUP, COUPLED], ids=["lookup", "model"])
 def test_budgets_stops_log_probabilities_and_samples_are_those_without_speculation(how):
     free = plain(True)
     inside, pair = int(free.tokens[0, 9]), free.tokens[1, 5:7].tolist()
