@@ -82,9 +82,10 @@ def _divergence(exact: Array, near: Array) -> Divergence:
 def _refresh(model: Model, cache: Cache, start: Array, count: Array, *, columns: int) -> Approximated:
     # start, count [B]; at most `columns` tokens a row
     steps, last = jnp.arange(columns, dtype=jnp.int32)[None, :], cache.lengths[:, None] - 1
+    floor = jnp.reshape(least(cache), (-1, 1))
     wrong = (start < least(cache)) | (count < 0) | (start + count > cache.lengths) | (count > columns)
     places = jnp.where(steps < count[:, None], start[:, None] + steps, EMPTY)
-    places = jnp.where(wrong[:, None], EMPTY, jnp.concatenate([places, jnp.where(last < 0, EMPTY, last)], axis=1))
+    places = jnp.where(wrong[:, None], EMPTY, jnp.concatenate([places, jnp.where(last < floor, EMPTY, last)], axis=1))
     cache, refused = _own(cache, places)
     flags = refused | jnp.where(wrong, REWIND, 0)
     return _fed_again(model, _flagged(cache, flags), start, count, flags == 0, columns)
@@ -130,7 +131,8 @@ def _splice(
     flags |= refused
     room = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :]
     end = jnp.where(by == 0, start + valid, had + by)
-    changed = (room >= start[:, None]) & (room < end[:, None]) | (room == (had + by)[:, None] - 1)
+    changed = (room >= start[:, None]) & (room < end[:, None])
+    changed |= (room == (had + by)[:, None] - 1) & (room >= jnp.reshape(least(cache), (-1, 1)))
     acts = (flags == 0) & ((start < stop) | (valid > 0))
     cache, refused = _own(cache.replace(shared=shared), jnp.where(changed & acts[:, None], room, EMPTY))
     flags |= refused
