@@ -97,6 +97,11 @@ class Wanted:
     seeds: Any = None
     sources: list[list[int]] | None = None
 
+    @property
+    def drawing(self) -> Any:
+        """The sampler, after the model's filters."""
+        return Filtered(self.filters, self.sampler) if self.filters else self.sampler
+
 
 class Algorithm(Protocol):
     """What `generate(algorithm=…)` takes: immutable.
@@ -120,8 +125,7 @@ class Draw:
 
     def begin(self, progress: loop.Progress, wanted: Wanted) -> Drawing:
         """See `Algorithm`."""
-        sampler = Filtered(wanted.filters, wanted.sampler) if wanted.filters else wanted.sampler
-        return Drawing(progress, np.asarray(progress.cache.lengths), wanted, sampler, wanted.limits)
+        return Drawing(progress, np.asarray(progress.cache.lengths), wanted, wanted.drawing, wanted.limits)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

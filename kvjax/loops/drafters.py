@@ -54,7 +54,7 @@ class Drafter(struct.Value):
     drawn = True
     """Whether a sampler draws its drafts (`choose`)."""
 
-    def check(self, model: Model, drafted: int) -> None:
+    def check(self, model: Model) -> None:
         """Raises InputError where it cannot draft for a model."""
 
     def cost(self, model: Model) -> float:
@@ -174,7 +174,7 @@ class DraftModel(Drafter):
     model: Model
     plan: Any = struct.static()
 
-    def check(self, model: Model, drafted: int) -> None:
+    def check(self, model: Model) -> None:
         """See `Drafter`.
 
         Raises:
@@ -278,7 +278,7 @@ class EarlyExit(Drafter):
 
     layers: int = struct.static()
 
-    def check(self, model: Model, drafted: int) -> None:
+    def check(self, model: Model) -> None:
         """See `Drafter`.
 
         Raises:

@@ -24,7 +24,7 @@ from kvjax.loops.noted import Noted
 from kvjax.loops.prompts import fed, padded
 from kvjax.loops.verified import Speculation, Tally
 from kvjax.model import Model
-from kvjax.sampling.drawing import Filtered, draws
+from kvjax.sampling.drawing import draws
 from kvjax.types import Array
 
 DRAFTED = (1, 2, 4, 8)
@@ -92,8 +92,8 @@ class Speculate:
             InputError: the drafter does not fit the model, or there are no sources for it to read.
         """
         most = max(DRAFTED) if self.drafted is None else self.drafted
-        self.drafter.check(wanted.model, most)
-        sampler = Filtered(wanted.filters, wanted.sampler) if wanted.filters else wanted.sampler
+        self.drafter.check(wanted.model)
+        sampler = wanted.drawing
         rejects = self.drafter.drawn and draws(sampler) and not self.same_tokens
         source, own = None, self.drafter.encoder
         if own is not None:

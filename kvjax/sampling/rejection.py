@@ -8,7 +8,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.sampling.drawing import chosen, noisy
 from kvjax.types import Array
 
 ACCEPT, DRAFT = 1, 2
@@ -33,14 +32,9 @@ def residual(p: Array, q: Array) -> Array:
     return jnp.where(jnp.sum(rest, axis=1, keepdims=True) > 0, rest, p)
 
 
-def replaced(weights: Array, keys: Array) -> Array:
-    """`[B]` int32, drawn in proportion to `weights[B, V]`; -1 where there are none, or one is NaN."""
-    return chosen(noisy(jnp.log(weights), keys))
-
-
 def probabilities(law: Array) -> Array:
     """`[B, V]`, softmax of logits, at least float32; NaN where all of a row's are -inf."""
     return jax.nn.softmax(law.astype(jnp.promote_types(jnp.float32, law.dtype)), axis=-1)
 
 
-__all__ = ["ACCEPT", "DRAFT", "accepts", "residual", "replaced", "probabilities"]
+__all__ = ["ACCEPT", "DRAFT", "accepts", "residual", "probabilities"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -79,7 +78,7 @@ def same_with_drafts(case: Case) -> None:
     expect(calls[0] < STEPS // 2, f"{calls[0]} calls for {STEPS} tokens: right drafts were not kept")
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _run(model: Model, cache: Cache, logits: Array, script: Script, ends: Array) -> verified.Speculation:
     state = verified.begin(script, Progress.begin(cache, logits), None, drafted=DRAFTED)
     seeds, stops = jnp.arange(3, dtype=jnp.uint32), jax.tree.map(jnp.asarray, stops_of("testing"))
