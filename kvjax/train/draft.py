@@ -191,14 +191,7 @@ def card(out: Path, record: dict[str, Any]) -> str:
         f"A Llama-architecture language model of {package.count(out):,} parameters that `python -m kvjax.train draft`",
         f"trained to guess what `{name}` would say next, for speculation. Its tokenizer is that of `{name}`.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| layers, width, feed-forward | {shape['num_hidden_layers']}, {shape['hidden_size']}, "
-        f"{shape['intermediate_size']} |",
-        f"| query heads, kv heads, head dim | {shape['num_attention_heads']}, {shape['num_key_value_heads']}, "
-        f"{shape['head_dim']} |",
-        f"| context | {shape['max_position_embeddings']} tokens |",
-        "| stored in | float16 |",
+        *package.shape_table(shape),
         "",
         "## Acceptance",
         "",

@@ -117,14 +117,7 @@ def card(out: Path, record: dict[str, Any]) -> str:
         "repeated. It is there for tests and for measuring what an approximate cache costs",
         "(`kvjax.testing.induction`); it has no tokenizer, and no token ends a text.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| layers, width, feed-forward | {shape['num_hidden_layers']}, {shape['hidden_size']}, "
-        f"{shape['intermediate_size']} |",
-        f"| query heads, kv heads, head dim | {shape['num_attention_heads']}, {shape['num_key_value_heads']}, "
-        f"{shape['head_dim']} |",
-        f"| context | {shape['max_position_embeddings']} tokens |",
-        "| stored in | float16 |",
+        *package.shape_table(shape),
         "",
         "## Accuracy",
         "",

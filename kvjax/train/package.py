@@ -164,15 +164,11 @@ def _card(out: Path, record: dict[str, Any]) -> str:
         f"A Llama-architecture language model of {count(out):,} parameters that `python -m kvjax.train lm` trained",
         "on one text. It is small enough for examples and tests, and knows nothing but the style of that text.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| layers, width, feed-forward | {config['num_hidden_layers']}, {config['hidden_size']}, "
-        f"{config['intermediate_size']} |",
-        f"| query heads, kv heads, head dim | {config['num_attention_heads']}, {config['num_key_value_heads']}, "
-        f"{config['head_dim']} |",
-        f"| context | {config['max_position_embeddings']} tokens, the beginning `{BOS}` included |",
-        f"| tokenizer | byte-level BPE, {config['vocab_size']} entries, learnt from the training part |",
-        "| stored in | float16 |",
+        *shape_table(
+            config,
+            f", the beginning `{BOS}` included",
+            f"| tokenizer | byte-level BPE, {config['vocab_size']} entries, learnt from the training part |",
+        ),
         "",
         "## Loss",
         "",
@@ -201,6 +197,21 @@ def _card(out: Path, record: dict[str, Any]) -> str:
         *files(out, record),
     ]
     return "\n".join(lines)
+
+
+def shape_table(config: dict[str, Any], context: str = "", *more: str) -> list[str]:
+    """Lines of a model card: a table of what `config.json` holds, a remark on the context, and more rows."""
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size")
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    return [
+        "| | |",
+        "|---|---|",
+        f"| layers, width, feed-forward | {', '.join(str(config[name]) for name in sizes)} |",
+        f"| query heads, kv heads, head dim | {', '.join(str(config[name]) for name in heads)} |",
+        f"| context | {config['max_position_embeddings']} tokens{context} |",
+        *more,
+        "| stored in | float16 |",
+    ]
 
 
 def how_it_was_made(record: dict[str, Any], chosen: str, rows: str = "windows") -> list[str]:
@@ -254,6 +265,7 @@ __all__ = [
     "write_json",
     "read_record",
     "how_it_was_made",
+    "shape_table",
     "files",
     "count",
 ]
