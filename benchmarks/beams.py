@@ -6,16 +6,17 @@ indirect   a prompt kept once, what is new stays where it was written: a table s
            keys and values are gathered as they are read
 rows       as many rows of greedy decoding, each with its prompt: the baseline
 
-Beams take another parent at every step. The contexts are full: C tokens, then the new ones.
+Beams take another parent at every step. The contexts are full: C tokens, then the new ones. The 15M shape, on an
+accelerator 1B. Two minutes on two cores.
 
-python benchmarks/beams.py
-python benchmarks/beams.py --layers 2 --contexts 64 --rounds 2 --no-save         (half a minute)
+    python benchmarks/beams.py
+    python benchmarks/beams.py --shape 110M --contexts 256 --prompts 1 --no-save
+    python benchmarks/beams.py --table benchmarks/results/cpu/beams.json --plot beams.svg
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,6 @@ import kvjax
 from kvjax import caches, struct
 from kvjax.caches import storage
 from kvjax.caches.base import Cache, Node, Project, Shared, Span, filled_positions
-from kvjax.config import Config
 from kvjax.loops.feed import feed, finish
 from kvjax.ops.attention import View
 from kvjax.types import Array
@@ -74,17 +74,11 @@ class Indirect(Node):
         return self
 
 
-def model_of(layers: int, vocab: int) -> kvjax.Model:
-    """A random decoder of 6 heads of 48 numbers."""
-    config = Config(vocab, layers, 288, query_heads=6, kv_heads=6, head_dim=48, ffn_width=768)
-    return kvjax.decoder(config, kvjax.init_params(config, jax.random.key(0)))
-
-
-def indirect(cache: Cache) -> Cache:
+def indirect(cache: Cache, heads: int) -> Cache:
     """What `kvjax.branched` made, with suffixes that stay."""
     common, room = cache.shared["prefix"], cache.shared["prefix"].room
     table = jnp.broadcast_to(jnp.arange(cache.batch, dtype=jnp.int32)[:, None], (cache.batch, room))
-    own = [Indirect(jnp.copy(x.suffix.k.data), jnp.copy(x.suffix.v.data), 6) for x in cache.layers]
+    own = [Indirect(jnp.copy(x.suffix.k.data), jnp.copy(x.suffix.v.data), heads) for x in cache.layers]
     layers = tuple(node.replace(suffix=suffix) for node, suffix in zip(cache.layers, own, strict=True))
     return cache.replace(layers=layers, shared={"prefix": common.replace(suffix={"holders": Holders(table)})})
 
@@ -113,51 +107,88 @@ def search(width: int, moves: bool) -> Callable[..., Any]:
     return jax.jit(run, static_argnames="steps", donate_argnums=1)
 
 
-def main() -> None:
-    """Measures, prints, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("layers", 6), ("vocab", 32000), ("width", 4), ("steps", 32), ("rounds", 9)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    for name, many in (("contexts", [256, 1024]), ("prompts", [1, 4])):
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=many)
-    parser.add_argument("--no-save", action="store_true", help="print only")
-    a = parser.parse_args()
-    model, random, began, cases = model_of(a.layers, a.vocab), np.random.default_rng(0), harness.facts(), {}
-    programs = {"moving": search(a.width, True), "still": search(1, False)}
-    print(f"{'':26}{'ms a step':>11}{'(least, most)':>18}{'of rows':>9}{'MB':>8}")
-    for prompts, context in ((p, c) for p in a.prompts for c in a.contexts):
-        tokens = random.integers(0, a.vocab, (prompts, context)).astype(np.int32)
-        _, cache = kvjax.prefill(
-            model, kvjax.init_cache(model, caches.dense(), batch=prompts, capacity=context), tokens
+def case(model: kvjax.Model, prompts: int, context: int, a: Any, programs: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a step, in turn, and bytes of what is kept."""
+    random, vocab = np.random.default_rng(0), model.config.vocab_size
+    tokens = random.integers(0, vocab, (prompts, context)).astype(np.int32)
+    _, cache = kvjax.prefill(model, kvjax.init_cache(model, caches.dense(), batch=prompts, capacity=context), tokens)
+    logits = jnp.asarray(random.normal(size=(prompts * a.width, vocab)), model.params["embed"]["table"].dtype)
+    once = kvjax.branched(cache, a.width, room=a.steps)
+    forked = cache.resize(context + a.steps).fork(a.width)
+    given = {
+        "forked": (programs["moving"], forked),
+        "once": (programs["moving"], once),
+        "indirect": (programs["moving"], indirect(once, model.config.kv_heads)),
+        "rows": (programs["still"], forked),
+    }
+    copy = jax.jit(lambda x: jax.tree.map(jnp.copy, x))  # it will be used up
+    ways = {
+        name: functools.partial(
+            harness.seconds, lambda own, run=run: run(model, own, logits, a.steps), functools.partial(copy, kept)
         )
-        logits = jnp.asarray(random.normal(size=(prompts * a.width, a.vocab)).astype(np.float32))
-        room = a.steps
-        once = kvjax.branched(cache, a.width, room=room)
-        forked = cache.resize(context + room).fork(a.width)
-        ways = {
-            "forked": (programs["moving"], forked),
-            "once": (programs["moving"], once),
-            "indirect": (programs["moving"], indirect(once)),
-            "rows": (programs["still"], forked),
+        for name, (run, kept) in given.items()
+    }
+    took = harness.rounds(ways, a.rounds)
+    return {
+        name: {
+            "bytes": given[name][1].nbytes,
+            "seconds_a_step": harness.spread([x / a.steps for x in took[name]]),
+            "of_rows": harness.over(took[name], took["rows"]),
         }
-        made: dict[str, Any] = {name: {"bytes": way[1].nbytes, "ms": []} for name, way in ways.items()}
-        for turn in range(a.rounds + 1):  # the first compiles
-            for name, (run, given) in ways.items():
-                own = jax.block_until_ready(jax.tree.map(jnp.copy, given))  # it will be used up
-                start = time.perf_counter()
-                jax.block_until_ready(run(model, own, logits, a.steps))
-                made[name]["ms"] += [1e3 * (time.perf_counter() - start) / a.steps] if turn else []
-        base = harness.median(made["rows"]["ms"])
-        for name, row in made.items():
-            row |= {"median": harness.median(row["ms"]), "least": min(row["ms"]), "most": max(row["ms"])}
-            row["of_rows"] = row["median"] / base
-            what = f"{prompts} x {a.width}, {context}: {name}"
-            span = f"({row['least']:.2f}, {row['most']:.2f})"
-            print(f"{what:26}{row['median']:11.2f}{span:>18}{row['of_rows']:9.2f}{row['bytes'] / 1e6:8.1f}", flush=True)
-        cases[f"{prompts} prompts, context {context}"] = made
-    result = {"facts": began, "load_at_end": harness.facts()["load"], "arguments": vars(a), "cases": cases}
-    if not a.no_save:
-        print(harness.save(f"beams-{began['jax']}", result))
+        for name in ways
+    }
+
+
+def tell(result: dict[str, Any]) -> str:
+    """A line a case and a way."""
+    lines = []
+    for what, rows in result["cases"].items():
+        for name, row in rows.items():
+            step, size = harness.cell({k: 1e3 * v for k, v in row["seconds_a_step"].items()}), row["bytes"] / 1e6
+            lines.append([what, name, step, harness.cell(row["of_rows"]), f"{size:,.1f}"])
+    head = ["", "kept", "ms a step", "over that of rows", "MB"]
+    return f"{harness.headline(result)}\n{result['shape']}, {result['dtype']}\n\n{harness.table(head, lines)}"
+
+
+def draw(figure: Any, result: dict[str, Any]) -> None:
+    """A step over that of as many rows."""
+    axes, cases = figure.add_subplot(), result["cases"]
+    for i, name in enumerate(("forked", "once", "indirect")):
+        over = [rows[name]["of_rows"] for rows in cases.values()]
+        at = [n + 0.12 * (i - 1) for n in range(len(over))]
+        middle = [x["median"] for x in over]
+        ends = [[x["median"] - x["least"] for x in over], [x["most"] - x["median"] for x in over]]
+        axes.errorbar(at, middle, yerr=ends, fmt="os^"[i], markersize=5, elinewidth=1, label=name)
+    axes.axhline(1, color="0.6", linewidth=0.8, zorder=0)
+    axes.set_xticks(range(len(cases)), list(cases), fontsize=8)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(-0.5, len(cases) - 0.5)
+    axes.set_ylabel("time of a step over that of as many rows")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, title=f"{result['width']} beams, prompts kept", fontsize=8)
+
+
+def main() -> None:
+    parser = harness.options(__doc__, 7)
+    for name, value in (("width", 4), ("steps", 32)):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    for name, many in (("contexts", [256, 1024]), ("prompts", [1, 4])):
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=many, help=f"default {many}")
+    parser.add_argument("--shape", choices=list(harness.SHAPES), help="15M on a CPU, else 1B")
+    parser.add_argument("--dtype", choices=list(harness.DTYPES), help="float32 on a CPU, else bfloat16")
+    a = parser.parse_args()
+    if harness.shown(a, tell, draw):
+        return
+    if a.quick:
+        a.contexts, a.prompts, a.rounds = [64], [1], 1
+    a.shape, a.dtype = a.shape or harness.sizes(a.quick)[0], a.dtype or harness.dtype_here()
+    model, programs = harness.model_of(a.shape, a.dtype), {"moving": search(a.width, True), "still": search(1, False)}
+    result = harness.begin(a) | {"shape": a.shape, "dtype": a.dtype, "width": a.width, "steps": a.steps, "cases": {}}
+    for prompts in a.prompts:
+        for context in a.contexts:
+            what = f"{prompts} prompt{'s' * (prompts > 1)}, context {context:,}"
+            result["cases"][what] = case(model, prompts, context, a, programs)
+    harness.done("beams", result, a, draw, tell(result))
 
 
 if __name__ == "__main__":

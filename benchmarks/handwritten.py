@@ -18,16 +18,17 @@ Array = jax.Array
 State = dict[str, Any]
 
 
-def init(config: Config, batch: int, capacity: int, fill: int) -> State:
+def init(config: Config, batch: int, capacity: int, fill: int, dtype: Any = jnp.float32) -> State:
     """A cache of zeros that counts `fill` tokens."""
     c = config
-    one = lambda: jnp.zeros((batch * c.kv_heads, capacity, c.head_dim))  # noqa: E731
+    one = lambda: jnp.zeros((batch * c.kv_heads, capacity, c.head_dim), dtype)  # noqa: E731
     return {"kv": tuple((one(), one()) for _ in range(c.num_layers)), "at": jnp.full((), fill, jnp.int32)}
 
 
 def norm(x: Array, scale: Array) -> Array:
-    """Root mean square."""
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * scale[None, :]
+    """Root mean square, in float32."""
+    wide = x.astype(jnp.float32)
+    return (wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5)).astype(x.dtype) * scale[None, :]
 
 
 def dot(x: Array, kernel: Array, axis: int = 0) -> Array:
@@ -36,8 +37,8 @@ def dot(x: Array, kernel: Array, axis: int = 0) -> Array:
 
 
 def batched(a: Array, b: Array, axis: int) -> Array:
-    """A product for each head of each row."""
-    return lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))))
+    """A product for each head of each row, summed in float32."""
+    return lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 def step(params: Any, config: Config, state: State, tokens: Array) -> tuple[State, Array]:
@@ -50,7 +51,7 @@ def step(params: Any, config: Config, state: State, tokens: Array) -> tuple[Stat
 
     def rotate(x: Array) -> Array:
         low, high = x[..., : d // 2], x[..., d // 2 :]
-        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
     x, kept = params["embed"]["table"][tokens], []
     for i, (keys, values) in enumerate(state["kv"]):
@@ -62,8 +63,8 @@ def step(params: Any, config: Config, state: State, tokens: Array) -> tuple[Stat
         scores = batched((rotate(q) * d**-0.5).reshape(b * k, h // k, d), keys, 2)
         scores = jnp.where((slots <= at)[None, None, :], scores, -1e30)
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-        y = batched(weights, values, 1) / jnp.sum(weights, axis=-1, keepdims=True)
-        x = x + dot(y.reshape(b, h * d), layer["attn"]["out"]["kernel"])
+        y = batched(weights.astype(x.dtype), values, 1) / jnp.sum(weights, axis=-1, keepdims=True)
+        x = x + dot(y.astype(x.dtype).reshape(b, h * d), layer["attn"]["out"]["kernel"])
         gate, up = jnp.split(dot(norm(x, layer["ffn_norm"]["scale"]), layer["ffn"]["gate_up"]["kernel"]), 2, axis=1)
         x = x + dot(jax.nn.silu(gate) * up, layer["ffn"]["down"]["kernel"])
         kept.append((keys, values))

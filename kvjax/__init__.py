@@ -27,6 +27,8 @@ from kvjax.loops.windows import Perplexity, perplexity
 from kvjax.model import Model, attend, cross_attend, decoder, forward
 from kvjax.params import init_params
 from kvjax.persist import load_cache, save_cache
+from kvjax.planner import estimate
+from kvjax.weights import int8_weights
 
 __version__ = "0.1.0"
 
@@ -56,16 +58,16 @@ __all__ = [
     "Perplexity",
     "Scored",
     "Scores",
+    "Source",
     "approximate",
     "attend",
-    "cross_attend",
-    "encode",
-    "Source",
     "beam",
     "beam_search",
+    "branched",
     "cache_nbytes",
     "caches",
     "codecs",
+    "cross_attend",
     "decode",
     "decode_until",
     "decoder",
@@ -73,11 +75,13 @@ __all__ = [
     "draft_model",
     "early_exit",
     "edit",
+    "encode",
+    "estimate",
     "forward",
     "generate",
     "init_cache",
-    "branched",
     "init_params",
+    "int8_weights",
     "load",
     "load_cache",
     "loglikelihood",

@@ -344,4 +344,4 @@ def _check_range(model: Model, cache: Cache, start: Any, stop: Any, valid: Any) 
     return _columns(int(np.where(by != 0, lengths - stop, 0).max()), cache.capacity)
 
 
-__all__ = ["splice", "shift", "refresh", "Approximated", "Divergence"]
+__all__ = ["Approximated", "Divergence", "refresh", "shift", "splice"]

@@ -151,7 +151,7 @@ def init_cache(
         raise InputError("init_cache: a source is given, but the rows read that of the prefix")
     if cross is not None and source is None:
         raise InputError(f"init_cache: cross is {cross}, but no source is given")
-    shapes = model.layer_shapes(source)
+    shapes = model.layer_shapes(source if prefix is None or source is not None else prefix.shared.get(SOURCE))
     if plan is None:
         plan = tuple(plans.for_window(shape.window) for shape in shapes)
     kinds = plans.kinds_of(plan, shapes)

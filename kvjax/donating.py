@@ -22,4 +22,4 @@ resume = functools.partial(_resume.resume, _run=_resume.DONATING)
 edit = functools.partial(_edit.edit, _run=_rework.DONATING)
 sync = functools.partial(_edit.sync, _run=_rework.DONATING)
 
-__all__ = ["prefill", "step", "decode", "decode_until", "resume", "edit", "sync"]
+__all__ = ["decode", "decode_until", "edit", "prefill", "resume", "step", "sync"]

@@ -7,19 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kvjax.caches.base import OpenCache, Project
 from kvjax.config import Config, NormOrder
 from kvjax.ops.attention import Absorb
 from kvjax.ops.positions import Bias, Positions
 from kvjax.types import Array, Params
+from kvjax.weights import dense, product
 
 
 def linear(params: Params, x: Array) -> Array:
     """`x[..., in] @ kernel[in, out] + bias[out]`."""
     flat = x.reshape(-1, x.shape[-1])  # one matrix product: leading axes only confuse the layout
-    y = lax.dot_general(flat, params["kernel"].astype(x.dtype), (((1,), (0,)), ((), ())))
+    y = product(flat, params["kernel"])
     if "bias" in params:
         y = y + params["bias"][None, :].astype(y.dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -114,7 +114,7 @@ def self_attention(
     def kv(stream: Array, positions: Array | None) -> tuple[Array, Array]:
         keys, values = own_keys, own_values
         if stream is not x:  # what was kept: its queries are not wanted again
-            weights = {name: w[..., h * d :] for name, w in attn["qkv"].items()}
+            weights = jax.tree.map(lambda w: w[..., h * d :], attn["qkv"])
             keys, values = project(stream, weights, (k,))
             if config.qk_norm is not None:
                 keys = config.qk_norm(attn["k_norm"], keys)
@@ -122,7 +122,7 @@ def self_attention(
 
     @jax.named_scope("projections")
     def absorb(stream: Array) -> tuple[Absorb, Array | None]:
-        kernel, bias, factor = attn["qkv"]["kernel"][:, h * d :].astype(stream.dtype), None, None
+        kernel, bias, factor = dense(attn["qkv"]["kernel"])[:, h * d :].astype(stream.dtype), None, None
         if config.norm_order is not NormOrder.POST:  # else no norm stands before the projections
             kernel, bias = config.norm.fold(params["attn_norm"], kernel)
             factor = config.norm.factor(stream)
@@ -170,7 +170,7 @@ def cross_attention(params: Params, config: Config, x: Array, cache: OpenCache, 
 
     def absorb(states: Array) -> tuple[Absorb, Array | None]:
         bias = cross["kv"].get("bias")
-        return Absorb.of(cross["kv"]["kernel"], bias, k, states.dtype), None
+        return Absorb.of(dense(cross["kv"]["kernel"]), bias, k, states.dtype), None
 
     with jax.named_scope("projections"):
         q = linear(cross["q"], normed(params, config, "cross", x)).reshape(*x.shape[:2], h, d)

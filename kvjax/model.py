@@ -13,7 +13,7 @@ import numpy as np
 from kvjax import struct
 from kvjax.caches import storage
 from kvjax.caches.base import SOURCE, LayerShape, Node, OpenCache, Project, Span, filled_positions
-from kvjax.caches.cross import Source, rows_of
+from kvjax.caches.cross import Cross, Source, rows_of
 from kvjax.caches.opened import finite
 from kvjax.caches.recompute import Recompute
 from kvjax.checks import is_concrete, whole
@@ -63,11 +63,11 @@ class Model(struct.Value):
         """Ids that the model knows, as far as its configuration says."""
         return getattr(self.config, "vocab_size", None)
 
-    def layer_shapes(self, source: Source | None = None) -> tuple[LayerShape, ...]:
+    def layer_shapes(self, source: Source | Cross | None = None) -> tuple[LayerShape, ...]:
         """What kinds must know of each layer; found by tracing `apply` once, without computing.
 
         Args:
-            source: for an `apply` of one's own that attends to one.
+            source: for an `apply` of one's own that attends to one; or what a cache keeps of it (`shared`).
         """
         if isinstance(self.config, Config):
             c, dtype = self.config, self.params["embed"]["table"].dtype
@@ -77,12 +77,12 @@ class Model(struct.Value):
                 for i, window in enumerate(c.windows)
             )
         found = _Found()
-        rows = 1 if source is None else source.lengths.shape[0]
+        rows = 1 if source is None else source.lengths.shape[0] * getattr(source, "share", 1)
         row = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
         def run(params: Any, start: Array, source: Any) -> Array:
             span = Span(start, jnp.ones_like(start), start[:, None])
-            shared = {} if source is None else {SOURCE: Asked(source)}
+            shared = {} if source is None else {SOURCE: Asked(source) if isinstance(source, Source) else source}
             return self.apply(params, self.config, OpenCache(found, shared, span), start[:, None], span.valid)[0]
 
         jax.eval_shape(run, self.params, row, source)

@@ -1,9 +1,12 @@
-"""What JAX itself reports of its compilations: how many, and how long they took."""
+"""What JAX itself reports of its compilations: how many, and how long they took; and on which processor."""
 
 from __future__ import annotations
 
 import dataclasses
+import platform
+import re
 import time
+from pathlib import Path
 from types import TracebackType
 
 import jax
@@ -66,4 +69,13 @@ def _heard(event: str, duration_secs: float, **details: str | int) -> None:
             each.count += stage == "compile"
 
 
-__all__ = ["Compilations"]
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+__all__ = ["Compilations", "processor"]

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from kvjax.caches.base import OpenCache, Span
 from kvjax.caches.recompute import Recompute
@@ -15,6 +14,7 @@ from kvjax.config import Config
 from kvjax.layers import Rotation, decoder_layer
 from kvjax.ops.activations import softcapped
 from kvjax.types import Array, Params
+from kvjax.weights import product, rows
 
 
 def apply_decoder(
@@ -78,7 +78,7 @@ def apply_encoder(
 
 def embed(params: Params, config: Config, tokens: Array, positions: Array) -> Array:
     """Tokens `[B, S]` at `positions[B, S]` to the stream `[B, S, M]`; bad ids read some row, and are flagged."""
-    x = jnp.take(params["embed"]["table"], tokens, axis=0, mode="clip")
+    x = rows(params["embed"]["table"], tokens)
     x = x * jnp.asarray(config.embed_scale, x.dtype)
     x = config.positions.embed(params.get("positions", {}), x, positions)
     return config.norm(params["embed_norm"], x) if config.embed_norm else x
@@ -95,7 +95,7 @@ def decoder_head(params: Params, config: Config, x: Array) -> Array:
     precise = jnp.promote_types(jnp.float32, x.dtype)
     flat = x.reshape(-1, x.shape[-1]) * jnp.asarray(config.logit_scale, x.dtype)
     kernel, axis = (params["embed"]["table"], 1) if config.tied else (params["head"]["kernel"], 0)
-    y = lax.dot_general(flat, kernel.astype(x.dtype), (((1,), (axis,)), ((), ())), preferred_element_type=precise)
+    y = product(flat, kernel, axis, precise)
     if config.head_bias:
         y = y + params["head"]["bias"][None, :].astype(precise)
     if config.logit_softcap is not None:

@@ -1,5 +1,9 @@
 """Writes docs/costs.md: what `kvjax compare` prints on this machine, the textbook integers among it, and what
-`benchmarks/cross_attention.py` found."""
+`benchmarks/cross_attention.py` found.
+
+python scripts/costs_page.py
+python scripts/costs_page.py --check     (only whether the page has the bytes, FLOPs and loops; no times)
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,30 @@ import contextlib
 import dataclasses
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvjax import cli, costs
-from kvjax.cli.compare_strategies import in_markdown
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT)]
+
+import pages  # noqa: E402  (the path is set above)
+
+from kvjax import cli, costs  # noqa: E402
+from kvjax.checks import bucket  # noqa: E402
+from kvjax.cli.compare_strategies import CONTEXT, NEW, _tables, in_markdown, textbook_table  # noqa: E402
+from kvjax.cli.options import build_parser  # noqa: E402
+from kvjax.lm import load  # noqa: E402
+from kvjax.strategies import kept, runs  # noqa: E402
+
 PAGE = ROOT / "docs" / "costs.md"
 RESULTS = ROOT / "benchmarks" / "results"
 DECODER = ("kvjax compare --rounds 9 --markdown", "kvjax compare --no-rotation --batch 8 --rounds 9 --markdown")
 ENCODER = ("kvjax compare --encoder --batch 4 --rounds 5 --markdown",)
 INTRO = """# What a cache costs
+
+What to keep of a text and of a source, side by side: bytes, FLOPs and time.
 
 Written by `python scripts/costs_page.py`. The formulas are in the docstrings of `kvjax.costs`;
 `tests/test_sentences.py` holds them, and what is often said instead, to their numbers. The textbook example is in the
@@ -100,13 +115,39 @@ def predicted(arguments: dict[str, int], batch: int, sources: int) -> dict[str, 
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def sure(command: str) -> list[str]:
+    """Lines of a comparison that are the same everywhere: bytes and FLOPs, as predicted and, so it says, as found."""
+    args = build_parser().parse_args(command.split()[1:])
+    model = load(args.model).model
+    size = model.max_positions or CONTEXT
+    if args.no_rotation or args.encoder:
+        model = (kept.with_encoder if args.encoder else kept.without_rotation)(model.config, size)
+    source = (args.batch, bucket(size - NEW, most=size)) if args.encoder else None
+    rows = []
+    for strategy in kept.WITH_SOURCE if args.encoder else kept.STRATEGIES:
+        if strategy.name != kept.ABSORBED or model.layer_shapes()[0].absorbs:
+            nbytes, flops = runs.predicted(strategy, model, batch=args.batch, capacity=size, source=source)
+            rows.append(runs.Row(strategy.name, None, nbytes, nbytes, flops, flops, {}, "equal"))
+    made = runs.Comparison(model.config, args.batch, size - NEW, NEW, args.edit, size, tuple(rows))
+    return [f"    {command}", *(line for table in _tables(made)[:2] for line in in_markdown(table))]
+
+
+def main() -> int:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PAGE, help="where to write the page")
-    path = parser.parse_args().out
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page would say otherwise")
+    arguments = parser.parse_args()
+    path = arguments.out
+    if arguments.check:
+        title, table, said = textbook_table()
+        made = [*INTRO.splitlines(), *(line for command in DECODER for line in sure(command)), *SOURCE.splitlines()]
+        made += [*sure(*ENCODER), title, *in_markdown(table), said, *"\n".join(loops()).splitlines()]
+        return pages.check(path, made, "python scripts/costs_page.py")
     page = [INTRO, *map(printed, DECODER), SOURCE, *map(printed, ENCODER), *loops()]
     path.write_text("\n".join(page).rstrip() + "\n", "utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
     python scripts/editing_page.py             # print the page
     python scripts/editing_page.py --write     # docs/editing.md and docs/drift.svg; pip install 'kvjax[plots]'
+    python scripts/editing_page.py --check     # only whether the page has what replacing and drift come to here
 
 A text of the bundled model `induction` is a random block and its beginning once more, up to an edit that was made there
 already; then the block itself is edited. What follows is determined: the token behind the edit in the block.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +23,14 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts"), str(ROOT)]
 import drift  # noqa: E402  (the path is set above)
 import harness  # noqa: E402
 import numpy as np  # noqa: E402
+import pages  # noqa: E402
 
 import kvjax  # noqa: E402
 from kvjax import approximate, caches  # noqa: E402
 from kvjax.testing import induction  # noqa: E402
 
 ROWS, CAPACITY = 256, 128
+NEAR = 0.15  # of a figure with two digits, in another version or on another processor
 EDITS = ("replace", "insert", "delete")
 DOCUMENT, PLOT = ROOT / "docs" / "editing.md", ROOT / "docs" / "drift.svg"
 
@@ -87,9 +91,9 @@ def exact(model: kvjax.Model, given: Texts) -> float:
     return right(logits, given)
 
 
-def measured(rows: int = ROWS) -> list[dict[str, Any]]:
+def measured(rows: int = ROWS, edits: Sequence[str] = EDITS) -> list[dict[str, Any]]:
     """One row of the table for each way to edit."""
-    model, made = induction.induction_model(), {edit: texts(edit, rows) for edit in EDITS}
+    model, made = induction.induction_model(), {edit: texts(edit, rows) for edit in edits}
     table = [{"how": "all that follows computed again", **{e: {"right": exact(model, x)} for e, x in made.items()}}]
     for what, plan, options, counts in (
         ("spliced, keys turned", caches.dense(), {}, (0, 1, 2, 4)),
@@ -103,25 +107,47 @@ def measured(rows: int = ROWS) -> list[dict[str, Any]]:
 
 
 def times() -> str:
-    """What benchmarks/editing.py found, of every device that it was saved for; empty where it was not."""
+    """What benchmarks/edit.py found, of every device that it was saved for; empty where it was not."""
     parts = []
-    for path in sorted(harness.RESULTS.glob("*/editing.json")):
+    for path in sorted(harness.RESULTS.glob("*/edit.json")):
         found = json.loads(path.read_text("utf-8"))
-        facts, asked = found["facts"], found["arguments"]
         parts.append(f"""
 ## Time: edits against a prefill, {path.parent.name}
 
-`python benchmarks/editing.py`, on {facts["day"]}, on {facts["processor"]} ({facts["system"]}), jax {facts["jax"]}:
-{asked["layers"]} layers of width {asked["width"]}, float32, a text of {asked["tokens"]:,} tokens of which eight are
-replaced, inserted or deleted. *Measured* is the share of a prefill's time, *predicted* the share of its FLOPs.
+`{found["command"]}`, on {found["day"]}, on {found["processor"]} ({found["system"]}), jax {found["jax"]}:
+the {found["shape"]} shape, {found["dtype"]}, a text of {found["tokens"]:,} tokens of which eight are replaced, inserted
+or deleted; medians of {found["rounds"]} rounds. *Measured* is the share of a prefill's time, *predicted* the share of
+its FLOPs.
 
 | | | milliseconds | measured | predicted | measured ÷ predicted |
 |---|---|---:|---:|---:|---:|""")
         for row in found["rows"]:
-            known = "| |" if row["predicted"] is None else f"{row['predicted']:.1%} | {row['over']:.2f} |"
-            ms, share = 1e3 * row["edit"], row["share"]
+            known = "| |" if row["predicted"] is None else f"{row['predicted']:.1%} | {row['over']['median']:.2f} |"
+            ms, share = 1e3 * row["edit"]["median"], row["share"]["median"]
             parts.append(f"| {row['case']} | {row['what']} | {ms:,.1f} | {share:.1%} | {known}")
     return "\n".join(parts) + "\n" if parts else ""
+
+
+def cells(row: dict[str, Any], edit: str) -> list[str]:
+    """Two cells of the table."""
+    kl = row[edit].get("kl")
+    return [f"{100 * row[edit]['right']:.1f} %", "" if kl is None else f"{max(kl, 0.0):.1e}"]
+
+
+def checked() -> int:
+    """Whether the page has, as near as another machine comes, what replacing and the drift of keys come to."""
+    page = DOCUMENT.read_text("utf-8").splitlines()
+    short = ["|".join(line.split("|")[:4]).rstrip() for line in page]  # of the table, its first two columns
+    made = [f"| {row['how']} | " + " | ".join(cells(row, "replace")) for row in measured(edits=("replace",))]
+    lost = pages.missing("\n".join(short), [line.rstrip() for line in made], NEAR)
+    drifted = drift.table(drift.measured()).splitlines()
+    # Errors in float32 are the rounding of whatever the compiler made of the sums, and nothing else.
+    sure = [line for line in drifted if "`float32`" not in line]
+    lost += pages.missing("\n".join(page), sure, NEAR)
+    if lost:
+        print("docs/editing.md lacks; python scripts/editing_page.py --write makes it again:", file=sys.stderr)
+        print(*lost, sep="\n", file=sys.stderr)
+    return int(bool(lost))
 
 
 def page(rows: list[dict[str, Any]], drifted: str) -> str:
@@ -130,14 +156,12 @@ def page(rows: list[dict[str, Any]], drifted: str) -> str:
     versions = ", ".join(f"{name} {facts[name]}" for name in ("kvjax", "jax", "numpy", "python"))
     lines = ["| | replaced | KL | inserted | KL | deleted | KL |", "|---|" + "---:|" * 6]
     for row in rows:
-        cells = []
-        for edit in EDITS:
-            kl = row[edit].get("kl")
-            cells += [f"{100 * row[edit]['right']:.1f} %", "" if kl is None else f"{max(kl, 0.0):.1e}"]
-        lines.append(f"| {row['how']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['how']} | " + " | ".join(cell for edit in EDITS for cell in cells(row, edit)) + " |")
     table = "\n".join(lines)
     shortest, longest = induction.PERIODS
     return f"""# What an approximate edit costs
+
+How far an approximate edit is from feeding the new text, where that shows, and what it costs in time.
 
 `python scripts/editing_page.py --write` made this file, on {facts["day"]}, on
 {facts["processor"]} ({facts["system"]}), with {versions}.
@@ -184,7 +208,10 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--write", action="store_true", help="write docs/editing.md and docs/drift.svg")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page would be another")
     args = parser.parse_args(argv)
+    if args.check:
+        return checked()
     drifted = drift.measured()
     text = page(measured(), drift.table(drifted))
     if args.write:

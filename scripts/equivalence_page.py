@@ -2,6 +2,7 @@
 
 python scripts/equivalence_page.py                      # all of it, in two processes
 python scripts/equivalence_page.py --jobs 1 --out -     # to standard output
+python scripts/equivalence_page.py --check              # only whether rows, refusals and the sum are in the page
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "golden"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "golden"), str(ROOT / "scripts"), str(ROOT)]
 
 import cases  # noqa: E402  (the path is set above)
 import harness  # noqa: E402
+import pages  # noqa: E402
 
 from kvjax.checkpoint.families import FAMILIES  # noqa: E402
 from kvjax.testing import proof  # noqa: E402
@@ -62,10 +64,12 @@ def document(found: dict[str, list[proof.Line]], seconds: float) -> str:
     """The page."""
     facts = harness.facts()
     versions = ", ".join(f"{name} {facts[name]}" for name in ("kvjax", "jax", "jaxlib", "flax", "numpy", "python"))
-    refused = "\n".join(f"| `{each.kind}` | {each.operation} | {each.reason} |" for each in REFUSED)
+    refused = "\n".join(refusals())
     every = [each for part in found.values() for row in part if row.exact for each in row.outcomes]
     tokens, ties = sum(each.tokens for each in every), sum(len(each.ties) for each in every)
     return f"""# The same tokens
+
+Which caches give the tokens of recomputing from scratch, under which algorithms: all of them, compared.
 
 `python scripts/equivalence_page.py` made this page on {facts["day"]} in {seconds / 60:.0f} minutes, on
 {facts["processor"]} ({facts["cores"]} cores, {facts["system"]}), with {versions}.
@@ -111,12 +115,36 @@ These and no more; a test fails when the list grows.
 """
 
 
+def refusals() -> list[str]:
+    """Lines of the last table."""
+    return [f"| `{each.kind}` | {each.operation} | {each.reason} |" for each in REFUSED]
+
+
+def checked(page: str) -> list[str]:
+    """What is wrong with a page without running a model: rows or refusals that it lacks, a sum that is not that of its
+    cells, a cell that says that tokens differ."""
+    names = {name for _, name in units()}
+    rows = [cells for line in page.splitlines() if (cells := line.strip("| ").split(" | "))[0] in names]
+    wrong = [f"no row of {name}" for name in sorted(names - {cells[0] for cells in rows})]
+    wrong += [f"no line {line}" for line in pages.missing(page, refusals())]
+    cells = [cell.split(", ")[0].replace(",", "") for row in rows for cell in row[1:]]
+    total = sum(int(cell) for cell in cells if cell.isdigit())
+    if f" {total:,} in all" not in page.replace("\n", " "):
+        wrong.append(f"the cells add up to {total:,}, which it does not say")
+    return wrong + ["a cell DIFFERS"] * ("DIFFERS" in page)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(PAGE), help="where to write the page; - is standard output")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default 2)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--check", action="store_true", help="run and write nothing; fail if the page is not whole")
     args = parser.parse_args(argv)
+    if args.check:
+        wrong = checked(PAGE.read_text("utf-8"))
+        print(*wrong, sep="\n", file=sys.stderr)
+        return bool(wrong)
     began, found = time.perf_counter(), {section: [] for section in (*proof.SECTIONS, "family")}
     for (section, _), row in zip(units(), lines(args.jobs, args.quiet), strict=True):
         found[section].append(row)

@@ -3,6 +3,8 @@
     python scripts/quality.py --text tinyshakespeare.txt --write     # the whole table: docs/quality.md and its JSON
     python scripts/quality.py --text tinyshakespeare.txt --plan 'ring(32)' --plan 'dense(store=bfloat16)'
     python scripts/quality.py --text tinyshakespeare.txt --chars 5000 --json
+    python scripts/quality.py --text tinyshakespeare.txt --weights --write   # only the table of int8 weights, again
+    python scripts/quality.py --check                    # only whether the page is that of its JSON; needs no text
 
 The text is that of the bundled model `shakespeare`; only its last 111,540 characters are read, which nothing was
 trained on. Every figure is taken once with the models as they are and once with an outlier planted in the keys of every
@@ -19,12 +21,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts"), str(ROOT)]
 
 import harness  # noqa: E402  (the path is set above)
+import pages  # noqa: E402
 
 import kvjax  # noqa: E402
 from kvjax import caches  # noqa: E402
@@ -91,6 +96,45 @@ def measured(text: str, plans: tuple[str, ...], quiet: bool) -> list[dict[str, A
     return rows
 
 
+def measured_weights(text: str) -> dict[str, Any]:
+    """Both bundled models with their weights as they are, and in int8."""
+    copying, lm = induction.induction_model(), kvjax.load("shakespeare")
+    tokens, _ = induction.copy_task(induction.EVALUATION_SEED, ROWS, LENGTH)
+    words = np.asarray(lm.encode(text)[: ROWS * LENGTH], np.int32).reshape(ROWS, LENGTH)
+    rows = []
+    for name, change in (("float32", lambda model: model), ("int8", kvjax.int8_weights)):
+        models = {"copying": (copying, change(copying), tokens), "shakespeare": (lm.model, change(lm.model), words)}
+        row: dict[str, Any] = {"weights": name}
+        row["bytes"] = sum(x.nbytes for x in jax.tree.leaves(models["shakespeare"][1].params))
+        row["copy_accuracy"] = induction.copy_accuracy(models["copying"][1], caches.dense(), rows=ROWS, length=LENGTH)
+        row["kl"] = {key: between(*of) for key, of in models.items()}
+        own = dataclasses.replace(lm, model=models["shakespeare"][1])
+        row["nats_per_char"] = induction.nats_per_char(own, caches.dense(), text)
+        rows.append(row)
+    facts = harness.facts()
+    return {"day": facts["day"], "jax": facts["jax"], "rows": rows}
+
+
+def between(model: kvjax.Model, other: kvjax.Model, tokens: Any) -> float:
+    """Mean KL(model ‖ other) over the next-token distributions of `tokens[B, S]`, in nats."""
+    p, q = (np.asarray(jax.nn.log_softmax(kvjax.forward(m, tokens)), np.float64) for m in (model, other))
+    return float((np.exp(p) * (p - q)).sum(axis=-1).mean())
+
+
+def weights_table(rows: list[dict[str, Any]]) -> str:
+    """The figures in Markdown."""
+    lines = [
+        "| weights | bytes | nats per character | KL, nats | copied right | KL of copying, nats |",
+        "|---|" + "---:|" * 5,
+    ]
+    for row in rows:
+        kl = {key: f"{max(value, 0.0):.1e}" for key, value in row["kl"].items()}
+        cells = [row["weights"], f"{row['bytes']:,}", f"{row['nats_per_char']:.4f}", kl["shakespeare"]]
+        cells += [f"{100 * row['copy_accuracy']:.2f} %", kl["copying"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures in Markdown."""
     head = (
@@ -113,6 +157,8 @@ def document(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {facts[name]}" for name in ("kvjax", "jax", "jaxlib", "flax", "numpy", "python"))
     return f"""# What an approximate cache costs in quality
 
+How much worse a model copies and reads when its cache or its weights keep less than was computed.
+
 `python scripts/quality.py --text tinyshakespeare.txt --write` made this file, on {facts["day"]}, on
 {facts["processor"]} ({facts["system"]}), with {versions}.
 
@@ -127,7 +173,22 @@ cache. Bytes are those of the `shakespeare` model's cache at {LENGTH} tokens, ov
 The function is the same; codes that share a scale among the channels of a key lose the others.
 
 {table(result["rows"])}
+
+## Weights in int8
+
+`python scripts/quality.py --text tinyshakespeare.txt --weights --write` made this table, on
+{result["weights"]["day"]}, with jax {result["weights"]["jax"]}: the same models and characters with
+`kvjax.int8_weights`, one scale for each output, and a dense cache. KL is the mean of KL(float32 ‖ int8), of
+`shakespeare` over the first {ROWS * LENGTH:,} tokens of those characters. Bytes are those of its weights.
+
+{weights_table(result["weights"]["rows"])}
 """
+
+
+def written(result: dict[str, Any]) -> None:
+    """The page and its figures."""
+    DOCUMENT.write_text(document(result), "utf-8")
+    harness.save(f"quality-{result['facts']['jax']}", result)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,18 +197,33 @@ def main(argv: list[str] | None = None) -> int:
         epilog=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--text", type=Path, required=True, help="the text that `shakespeare` was trained on")
+    parser.add_argument("--text", type=Path, help="the text that `shakespeare` was trained on")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not that of its JSON")
     parser.add_argument("--plan", action="append", metavar="KIND", help="only these, as in Python; may be repeated")
+    parser.add_argument("--weights", action="store_true", help="only int8 weights; --write keeps the rest of the page")
     parser.add_argument("--chars", type=int, default=30_000, help="of the text's end to score (default 30,000)")
     parser.add_argument("--write", action="store_true", help="write docs/quality.md and benchmarks/results")
     parser.add_argument("--json", action="store_true", help="JSON on standard output instead of a table")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
-    if args.write and args.plan:
-        parser.error("--write writes the whole table; leave out --plan")
+    if args.plan and (args.write or args.weights):
+        parser.error("--write writes the whole table, --weights has no plans; leave out --plan")
+    if args.check:
+        found = [json.loads(path.read_text("utf-8")) for path in sorted(harness.RESULTS.glob("*/quality-*.json"))]
+        made = document(found[-1]).splitlines()
+        return pages.check(DOCUMENT, made, "python scripts/quality.py --text tinyshakespeare.txt --write")
+    if args.text is None:
+        parser.error("--text says where the text is that everything is measured on")
     raw = args.text.read_bytes()
     text = raw.decode("utf-8")[-TEST_CHARS:][: args.chars]
-    result = {
+    if args.weights:
+        made = measured_weights(text)
+        if args.write:
+            path = harness.RESULTS / harness.device_name() / f"quality-{made['jax']}.json"
+            written(json.loads(path.read_text("utf-8")) | {"weights": made})
+        print(json.dumps(made, indent=2) if args.json else weights_table(made["rows"]))
+        return 0
+    result: dict[str, Any] = {
         "facts": harness.facts(),
         "text_sha256": hashlib.sha256(raw).hexdigest(),
         "chars": len(text),
@@ -156,8 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": measured(text, tuple(args.plan or PLANS), args.quiet),
     }
     if args.write:
-        DOCUMENT.write_text(document(result), "utf-8")
-        harness.save(f"quality-{result['facts']['jax']}", result)
+        written(result | {"weights": measured_weights(text)})
     print(json.dumps(result, indent=2) if args.json else table(result["rows"]))
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -433,3 +434,24 @@ def test_mistakes_are_errors_before_anything_runs():
     with pytest.raises(InputError, match="sampler, seed and samples"):
         search(seed=1)
     assert hash(kvjax.beam(4)) == hash(kvjax.beam(4))
+
+
+def sorted_numbers(model, prompts, logits, width):
+    """How many numbers the sorts of a compiled search take in, the largest first."""
+    given = (prompts, logits, prompts.lengths, prompts.lengths, prompts.lengths + 8, jnp.zeros((1,), bool))
+    beams = jax.eval_shape(functools.partial(search_of.begin, width=width, room=16), *given)
+    settings = (jnp.float32(1), jnp.int32(0), stops_of("search", (), ()), (), jnp.int32(1))
+    program = jax.jit(lambda *x: search_of._search(*x, chunk=2)).lower(model, beams, *settings).compile()
+    found = re.findall(r"= \(f32\[1,(\d+)\][^=]* sort\(", program.as_text())
+    return sorted(map(int, found), reverse=True)
+
+
+@pytest.mark.corner
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA makes of a top_k on a CPU")
+def test_a_search_sorts_its_candidates_and_never_the_vocabulary(monkeypatch):
+    model, width = tiny(ONE_LAYER), 4
+    cache = kvjax.init_cache(model, caches.dense(), batch=1, capacity=32)
+    logits, prompts = kvjax.prefill(model, cache, jnp.ones((1, 4), jnp.int32))
+    assert max(sorted_numbers(model, prompts, logits, width)) <= 2 * width
+    monkeypatch.setattr(search_of.lax, "optimization_barrier", lambda x: x)  # what went wrong once
+    assert max(sorted_numbers(model, prompts, logits, width)) == width * model.vocab_size

@@ -12,7 +12,7 @@ import kvjax
 from kvjax import caches
 from kvjax.config import Config
 from kvjax.loops import decode as loop
-from kvjax.ops import attention
+from kvjax.ops import attention, decoding
 
 LONG = Config(32, 1, 16, query_heads=2, kv_heads=1, head_dim=8, ffn_width=16)
 
@@ -43,6 +43,7 @@ def test_temporary_memory_of_a_prefill_grows_with_its_length(plan):
 
 def test_unblocked_it_would_grow_with_the_square(monkeypatch):
     monkeypatch.setattr(attention, "BLOCKWISE_ABOVE", 1 << 30)
+    monkeypatch.setattr(decoding, "MANY_SLOTS", 1 << 30)
     two, eight = (temporaries(n, caches.dense()) for n in (2048, 8192))
     assert eight / two > 10
 
@@ -63,8 +64,10 @@ def test_blockwise_values_equal_unblocked_ones(monkeypatch, config, plan):
     tokens = np.random.default_rng(0).integers(0, 96, (3, s)).astype(np.int32)
     valid = np.array([75, 40, 33], np.int32)  # ragged: a full row, one in the second block, one just past the first
     found = {}
-    for above in (1, 1 << 30):
+    monkeypatch.setattr(decoding, "MANY", 16)
+    for above, slots in ((1, 50), (1 << 30, 1 << 30)):
         monkeypatch.setattr(attention, "BLOCKWISE_ABOVE", above)
+        monkeypatch.setattr(decoding, "MANY_SLOTS", slots)  # 160 slots are four blocks
         run = jax.jit(lambda *x: loop._prefill(*x))
         blocks = str(jax.make_jaxpr(run)(model, empty(model, plan), tokens, valid)).count("scan[")
         assert (blocks > 0) == (above == 1)
@@ -73,6 +76,34 @@ def test_blockwise_values_equal_unblocked_ones(monkeypatch, config, plan):
         found[above] = np.stack([logits, more])
         assert not np.asarray(cache.flags).any()
     np.testing.assert_allclose(found[1], found[1 << 30], rtol=1e-4, atol=1e-4 * np.abs(found[1]).max())
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="slots go in blocks on a CPU")
+def test_a_block_of_slots_that_nobody_sees_is_left_out(monkeypatch):
+    """And a row does not depend, to the bit, on whether its neighbour sees it."""
+    for name, value in (("MANY", 16), ("MANY_SLOTS", 50)):
+        monkeypatch.setattr(decoding, name, value)
+    monkeypatch.setattr(attention, "BLOCK", 32)
+    monkeypatch.setattr(attention, "BLOCKWISE_ABOVE", 1)
+    model, reached, told = tiny(ONE_LAYER), attention._reached, []
+    tokens = np.random.default_rng(0).integers(0, 96, (3, 75)).astype(np.int32)
+
+    def first_row(rule, behind):
+        monkeypatch.setattr(attention, "_reached", rule)
+        run = jax.jit(lambda *x: loop._prefill(*x))
+        _, cache = run(model, empty(model, caches.dense()), tokens, np.array([0, behind, 0], np.int32))
+        return np.asarray(run(model, cache, tokens, np.array([75, 75, 75], np.int32))[0][0])
+
+    def telling(*given):
+        jax.debug.callback(told.append, reached(*given))
+        return reached(*given)
+
+    alone = first_row(telling, behind=0)
+    jax.effects_barrier()
+    assert 0 < sum(map(bool, told)) < len(told)
+    np.testing.assert_array_equal(alone, first_row(reached, behind=75))
+    np.testing.assert_array_equal(alone, first_row(lambda *_: jnp.array(True), behind=0))
+    assert (alone != first_row(lambda *_: jnp.array(False), behind=0)).any(), "what is seen may not be left out"
 
 
 def empty(model, plan):

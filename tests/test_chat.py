@@ -220,7 +220,7 @@ def test_what_cannot_be_done_is_an_error_and_changes_nothing():
 def command(capsys, monkeypatch):
     """Runs `kvjax chat` in this process on a random model, with lines of standard input: `code, stdout, stderr`."""
     monkeypatch.setenv("KVJAX_COMPILE_CACHE", "off")
-    monkeypatch.setattr("kvjax.cli.chat_text.load", lambda name, dtype: MODELS[name])
+    monkeypatch.setattr("kvjax.cli.startup.load", lambda name, dtype: MODELS[name])
 
     def run(lines, *argv, model="toy"):
         if not sys.stdin.isatty():

@@ -112,6 +112,12 @@ def test_stdout_is_the_same_text_in_pieces_and_stderr_one_line_of_figures(comman
         assert figure in err
 
 
+def test_a_bar_shows_on_a_terminal_while_nothing_is_written(command, folder, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, out, err = command("generate", "ROMEO: wherefore", "--model", folder, "--max-new-tokens", 20, "--json")
+    assert code == 0 and json.loads(out) and " tokens" in err and "\r" in err and "\n" not in err
+
+
 def test_temperature_zero_is_greedy_and_seeds_make_texts(written, folder):
     greedy = kvjax.generate(kvjax.load(folder), "To be", max_new_tokens=20)
     assert written("To be", "--temperature", 0)["new_ids"] == greedy.tokens[0].tolist()
@@ -203,7 +209,7 @@ def test_dtype_is_that_of_the_parameters_and_the_cache(written, folder):
     ],
 )
 def test_wrong_usage_is_exit_2_and_one_line_before_anything_is_loaded(command, argv, named, monkeypatch):
-    monkeypatch.setattr("kvjax.cli.write_text.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("kvjax.cli.startup.load", lambda *a, **k: pytest.fail("loaded"))
     code, out, err = command("generate", "x", *argv)
     assert (code, out) == (2, "")
     assert err.startswith("kvjax: error: ") and err.count("\n") == 1 and named in err
@@ -227,7 +233,7 @@ def test_errors_are_exit_1_and_one_line_and_a_traceback_only_with_debug(command,
 
 
 def test_unexpected_errors_are_one_line_too(command, folder, monkeypatch):
-    monkeypatch.setattr("kvjax.cli.write_text.load", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("kvjax.cli.startup.load", lambda *a, **k: 1 / 0)
     assert command("generate", "x", "--model", folder) == (1, "", "kvjax: error: ZeroDivisionError: division by zero\n")
 
 
@@ -242,6 +248,17 @@ def test_an_interrupt_while_text_streams_is_exit_130_and_keeps_what_was_written(
     code, out, err = command("generate", "x", "--model", folder)
     assert code == 130 and out
     assert err == "kvjax: interrupted\n"
+
+
+def test_a_closed_output_is_told_and_a_closed_error_output_is_none(folder, monkeypatch, capsys):
+    argv = ["generate", "To be", "--model", str(folder), "--max-new-tokens", "2"]
+    with monkeypatch.context() as here:
+        here.setattr(sys, "stdout", None)
+        assert cli.main(argv) == 1
+    assert capsys.readouterr().err == "kvjax: error: standard output is closed\n"
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(argv) == 0 and capsys.readouterr().out
+    sys.stderr.close()
 
 
 def test_a_closed_pipe_is_quiet(command, folder, monkeypatch):

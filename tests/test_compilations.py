@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import jax
@@ -65,7 +66,8 @@ def test_eight_prompt_lengths_compile_the_buckets_they_cross():
 
 @pytest.mark.corner
 def test_generate_compiles_nothing_for_other_prompts_numbers_seeds_stops_and_budgets():
-    model, other, prompts = tiny(ONE_LAYER), tiny(ONE_LAYER, 1), prompt_ids(2, 3).tolist()
+    own = dataclasses.replace(ONE_LAYER, max_positions=510)  # whose programs no other file has made
+    model, other, prompts = tiny(own), tiny(own, 1), prompt_ids(2, 3).tolist()
 
     def run(a, b, c, **options):
         ids = [prompts[0][:a], prompts[1][:b], prompts[2][:c]]
@@ -115,6 +117,17 @@ def arrays_inside(jaxpr):
     yield from _nested(jaxpr.jaxpr)
 
 
+def asking(jaxpr):
+    """Names of the primitives that call the host, of a jaxpr and of those nested in it."""
+    for equation in jaxpr.eqns:
+        if any(word in equation.primitive.name for word in ("callback", "infeed", "outfeed", "debug_print")):
+            yield equation.primitive.name
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from asking(inner)
+
+
 def _nested(jaxpr):
     for equation in jaxpr.eqns:
         for atom in equation.invars:
@@ -148,6 +161,24 @@ def test_no_program_has_a_constant_above_a_kibibyte(case):
     cache = kvjax.init_cache(case.model, case.plan, batch=3, capacity=96)
     for jaxpr in traced(case.model, cache):
         assert max(arrays_inside(jaxpr), default=0) <= 1024
+
+
+@pytest.mark.corner
+@kinds.first_of_each()
+def test_no_program_of_any_kind_calls_the_host(case):
+    cache = kvjax.init_cache(case.model, case.plan, batch=3, capacity=96)
+    for jaxpr in traced(case.model, cache):
+        assert list(asking(jaxpr.jaxpr)) == []
+
+
+def test_a_program_that_calls_the_host_would_be_found():
+    def closed(params, config, x):
+        jax.debug.callback(lambda x: None, x[0, 0, 0])
+        return jnp.zeros((*x.shape[:2], 96))
+
+    broken = tiny(ONE_LAYER).replace(head=closed)
+    for jaxpr in traced(broken, kvjax.init_cache(broken, batch=3, capacity=96)):
+        assert "debug_callback" in set(asking(jaxpr.jaxpr))
 
 
 def test_a_closure_over_weights_would_be_found():

@@ -79,7 +79,7 @@ def test_every_public_function_that_takes_a_cache_is_in_this_test():
     takes |= {"beam", "beam_search"}  # of beams, in test_beam
     public = {name for name in kvjax.__all__ if callable(getattr(kvjax, name))}
     builds = {"init_cache", "cache_nbytes", "forward", "attend", "cross_attend", "encode", "decoder", "init_params"}
-    builds |= {"load", "load_cache", "score", "perplexity"}
+    builds |= {"load", "load_cache", "score", "perplexity", "estimate", "int8_weights"}
     builds |= {"speculate", "prompt_lookup", "draft_model", "early_exit"}  # algorithms: with generate above
     types = {name for name in public if isinstance(getattr(kvjax, name), type)}
     assert public - builds - types <= takes, "a new function: let both branches run through it"

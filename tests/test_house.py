@@ -22,6 +22,7 @@ ROOMS = (
     ("types", "struct", "errors", "checks", "timing"),
     ("ops",),
     ("config", "costs"),
+    ("weights",),
     ("caches",),
     ("params",),
     ("layers",),
@@ -34,8 +35,9 @@ ROOMS = (
     ("loops",),
     ("approximate", "donating"),
     ("strategies",),
+    ("planner",),
     ("",),  # kvjax/__init__.py: the public names
-    ("train", "testing"),
+    ("train", "testing", "bridge"),
     ("cli",),
     ("__main__",),
 )

@@ -104,6 +104,7 @@ def own(absorbs=True):
     return kvjax.Model({"embed": draw(20, WIDTH), "at": draw(32, WIDTH), "layers": layers}, absorbs, post_norm)
 
 
+@pytest.mark.full
 def test_a_post_norm_model_is_absorbed_without_a_factor():
     model = own()
     assert all(shape.absorbs and shape.width == WIDTH for shape in model.layer_shapes())

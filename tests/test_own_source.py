@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import kvjax
 from kvjax import InputError, caches, codecs
+from kvjax.bridge.nnx import Decoder
 from kvjax.caches.base import SOURCE
 from kvjax.ops.attention import Absorb
 
@@ -128,6 +130,25 @@ def test_without_a_cache_it_is_the_same_and_another_picture_is_not():
     np.testing.assert_allclose(found[np.arange(3), [5, 3, 0]], want[:, 0], **CLOSE)
     other = pictures().replace(states=-pictures().states)
     assert (np.abs(kvjax.forward(MODEL, prompts, source=other) - found)[:, 0].max(axis=1) > 0.1).all()
+
+
+def showing(params, config, cache, tokens, valid):
+    logits, cache = apply(params, config, cache, tokens, valid)
+    return logits, cache.record(0, "logits", logits)
+
+
+@pytest.mark.full
+def test_a_cache_that_has_the_source_needs_no_other_for_suffixes_nor_for_sites():
+    model, (prompts, tokens, want) = MODEL.replace(apply=showing), recomputed()
+    cache = kvjax.init_cache(model, source=pictures(), capacity=16)
+    _, cache = kvjax.prefill(model, cache, prompts, np.array([6, 4, 1]))
+    rows = kvjax.init_cache(model, prefix=cache, batch=6, capacity=16)
+    logits, _ = kvjax.step(model, rows, tokens[:, 0].repeat(2))
+    np.testing.assert_allclose(logits, want[:, 1].repeat(2, axis=0), **CLOSE)
+    decoder = Decoder(model, sites=("logits",))
+    decoder(tokens[:, :2], cache)
+    (stream,) = jax.tree.leaves(nnx.pop(decoder, nnx.Intermediate))
+    np.testing.assert_allclose(stream, want[:, 1:3], **CLOSE)
 
 
 def test_what_is_kept_has_nothing_of_a_layer_that_does_not_look():

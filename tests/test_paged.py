@@ -336,7 +336,7 @@ def close(got, want):
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_more_rows_times_capacity_than_pages_give_what_dense_gives(share):
     plan = caches.paged(8, pages=14, share=share)  # 3 x 96 slots would be 36
     want, whole = fed(MODEL, caches.dense(), LONG)
@@ -370,6 +370,7 @@ def test_a_fork_shares_the_full_pages_and_writes_to_its_own():
     assert used(forked.release(np.arange(12))) == 0
 
 
+@pytest.mark.full
 def test_a_tree_kept_inside_shared_pages_leaves_the_other_rows_alone():
     logits, cache = fed(MODEL, caches.paged(8, share=3), LONG)
     _, whole = fed(MODEL, caches.dense(), LONG)

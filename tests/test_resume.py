@@ -77,9 +77,7 @@ PLACES = [(0, 12, 1), (1, np.array([14, 10, 12]), 1), (1, 11, 2)]
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        pytest.param(
-            name, i, marks=() if (name, i) in (("hybrid", 1), ("ring", 2), ("output", 0)) else pytest.mark.full
-        )
+        pytest.param(name, i, marks=() if (name, i) in (("hybrid", 1), ("output", 0)) else pytest.mark.full)
         for name in PLANS
         for i in range(3)
     ],

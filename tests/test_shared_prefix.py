@@ -26,7 +26,7 @@ PAIRS = {
     "paged-prefix": (caches.paged(4), caches.dense(store=jnp.float32, rotated=False)),
     "un-rotated-prefix": (caches.dense(rotated=False), caches.paged(8)),
 }
-FAST = ("paged", "ring")
+FAST = ("ring",)  # pages with a prefix are in the contract suite
 EACH = pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.full) for n in PAIRS])
 
 

@@ -53,6 +53,23 @@ def test_put_writes_what_has_a_slot_and_drops_the_rest(write):
     np.testing.assert_array_equal(storage.put(buffer, jnp.asarray(new), jnp.asarray(slots)), got)
 
 
+@pytest.mark.parametrize(("batch", "heads", "width"), [(3, 2, 2), (1, 2, 2), (1, 1, 2), (2, 1, 128)])
+@pytest.mark.parametrize("pages", [False, True])
+def test_put_as_a_tpu_does_it_writes_the_same(monkeypatch, batch, heads, width, pages):
+    rng = np.random.default_rng(0)
+    count = 4 if pages else batch
+    buffer = storage.repack(jnp.asarray(rng.normal(size=(count, heads, 256, width)).astype(np.float32)))
+    new = jnp.asarray(rng.normal(size=(batch, 1, heads, width)).astype(np.float32))
+    slots = np.array([[200], [255], [2**31 - 1]], np.int32)[:batch]
+    rows = jnp.asarray(np.array([[3], [0], [-1]], np.int32)[:batch]) if pages else None
+    for places in (slots, slots[::-1] % 256, -slots):
+        monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+        want = storage.put(buffer, new, jnp.asarray(places), rows)
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        np.testing.assert_array_equal(storage.put(buffer, new, jnp.asarray(places), rows), want)
+        assert (places < 0).all() or (want != buffer).any()
+
+
 @pytest.mark.corner
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_and_sizes_move_as_in_numpy(shape):

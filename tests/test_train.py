@@ -237,6 +237,9 @@ def test_eval_measures_the_package_and_refuses_another_text(finished, text_file,
     assert measure(str(folder), other, any_text=True).loss != found.loss
     assert main(["eval", str(folder), "--text", str(text_file)]) == 0
     assert f"{found.loss:.4f} nats per character" in capsys.readouterr().out
+    assert main(["eval", str(folder), "--text", str(text_file), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"nats_per_character": found.loss, "characters": found.chars, "tokens": found.tokens}
     assert main(["eval", str(folder), "--text", str(other)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -46,7 +46,7 @@ LM = transliterator()
 def command(capsys, monkeypatch):
     """Runs the command in this process on a random model: `code, stdout, stderr`."""
     monkeypatch.setenv("KVJAX_COMPILE_CACHE", "off")
-    monkeypatch.setattr("kvjax.cli.translate_text.load", lambda name, dtype: LM)
+    monkeypatch.setattr("kvjax.cli.startup.load", lambda name, dtype: LM)
 
     def run(*argv):
         code = cli.main(["translate", *(str(a) for a in argv)])
@@ -145,7 +145,7 @@ def test_what_is_wrong_is_said_in_one_line(command, names, tmp_path, monkeypatch
         code, out, err = command(*argv)
         assert (code, err.count("\n"), out.count("\n")) == (1, 1, lines)
         assert re.search(message, err), err
-    monkeypatch.setattr("kvjax.cli.translate_text.load", lambda name, dtype: kvjax.LM(tiny(ONE_LAYER), name="plain"))
+    monkeypatch.setattr("kvjax.cli.startup.load", lambda name, dtype: kvjax.LM(tiny(ONE_LAYER), name="plain"))
     assert "'plain' has no encoder, it continues a text: kvjax generate" in command("anna")[2]
 
 
@@ -171,9 +171,9 @@ def test_a_bar_shows_on_a_terminal_and_nowhere_else(command, names, monkeypatch)
 @pytest.mark.full
 def test_a_real_interrupt_loses_nothing_that_was_done(tmp_path):
     script = (
-        "import signal, sys, test_translate; from kvjax import cli; from kvjax.cli import translate_text;"
+        "import signal, sys, test_translate; from kvjax import cli; from kvjax.cli import startup;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"  # what a background job inherits ignores it
-        "translate_text.load = lambda name, dtype: test_translate.LM; sys.exit(cli.main())"
+        "startup.load = lambda name, dtype: test_translate.LM; sys.exit(cli.main())"
     )
     file = tmp_path / "names.txt"
     file.write_text("anna\nbert\n" * 20_000)

@@ -59,6 +59,8 @@ class OpenCache(struct.Value):
         bias: Bias | None = None,
     ) -> tuple[Array, OpenCache]:
         """Extends one layer's node and attends. `kvjax.attend` is the door for models of one's own."""
+        if window is not None and window < 1:
+            raise InputError(f"attend: window {window} at layer {layer} must be at least 1, the query's own position")
         node = self.layers[layer]
         project = dataclasses.replace(project, kv=functools.partial(_finite_values, project.kv, node.reach))
         views, node = node.extend(h, project, self.span, self.shared)

@@ -7,11 +7,19 @@ between update and contraction is copied whole at every step (measured, docs/dec
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from kvjax.types import Array, DType
+
+LANES = 128
+"""Numbers side by side in a register of a TPU. Where the last axis is not whole lanes, XLA puts the slots there."""
+
+ROWS = 32
+"""Rows up to which each is written by itself on a TPU."""
 
 
 def empty(rows: int, heads: int, slots: int, rest: tuple[int, ...], dtype: DType) -> Array:
@@ -57,6 +65,9 @@ def put(buffer: Array, x: Array, slots: Array, rows: Array | None = None) -> Arr
         The buffer with the tokens written.
     """
     b, s, k = x.shape[:3]
+    on_tpu = jax.default_backend() == "tpu"
+    if on_tpu and s == 1 and b <= ROWS and _across_lanes(buffer, x):
+        return _put_aligned(buffer, x.astype(buffer.dtype), slots, rows)
     if rows is not None:
         return _put_in(buffer, x.astype(buffer.dtype), slots, rows)
     new = pack(x).astype(buffer.dtype)
@@ -66,7 +77,7 @@ def put(buffer: Array, x: Array, slots: Array, rows: Array | None = None) -> Arr
             return _put_one(buffer, new, slots[0, 0])
         return buffer.at[_inside(slots[0], t)].set(new, mode="drop")
     t = buffer.shape[1]
-    if b == 1 and s == 1:
+    if b == 1 and s == 1 and not on_tpu:
         return jax.vmap(_put_one, in_axes=(0, 0, None))(buffer, new, slots[0, 0])
     at = jnp.repeat(_inside(slots, t), k, axis=0)  # [B * K, S]
     return buffer.at[jnp.arange(b * k)[:, None], at].set(new, mode="drop")
@@ -97,6 +108,27 @@ def _put_one(buffer: Array, new: Array, slot: Array) -> Array:
     at = jnp.clip(slot, 0, buffer.shape[0] - 1)
     old = lax.dynamic_slice_in_dim(buffer, at, 1, axis=0)
     return lax.dynamic_update_slice_in_dim(buffer, jnp.where(inside, new, old), at, axis=0)
+
+
+def _across_lanes(buffer: Array, x: Array) -> bool:
+    """Whether XLA:TPU lays the slots of a buffer along its lanes."""
+    return x.ndim > 3 and buffer.shape[-1] % LANES != 0 and buffer.shape[2 - x.ndim] % LANES == 0
+
+
+def _put_aligned(buffer: Array, x: Array, slots: Array, rows: Array | None) -> Array:
+    # Row by row a slot with the lanes around it: for a slot alone, or a scatter, XLA:TPU may turn the whole buffer.
+    k, lone = x.shape[2], buffer.ndim == x.ndim - 2
+    full = buffer[None] if lone else buffer
+    count, t, rest = full.shape[0] // k, full.shape[1], full.shape[2:]
+    for i in range(x.shape[0]):
+        row, slot = jnp.asarray(i, jnp.int32) if rows is None else rows[i, 0], slots[i, 0]
+        at = jnp.clip(slot, 0, t - 1) // LANES * LANES
+        hit = (at + jnp.arange(LANES, dtype=jnp.int32) == slot) & (row >= 0) & (row < count)
+        start: list[Any] = [jnp.clip(row, 0, count - 1) * k, at, *[0] * len(rest)]
+        old = lax.dynamic_slice(full, start, (k, LANES, *rest))
+        new = jnp.where(hit.reshape(1, LANES, *(1,) * len(rest)), x[i].swapaxes(0, 1), old)
+        full = lax.dynamic_update_slice(full, new, start)
+    return full[0] if lone else full
 
 
 def _inside(slots: Array, size: int) -> Array:

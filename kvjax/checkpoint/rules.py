@@ -199,7 +199,7 @@ def convert(leaves: Iterable[Leaf], tensors: Source, dtype: DType) -> Params:
         CheckpointError: a number is too large for `dtype`.
     """
     tree: Params = {}
-    for leaf in tqdm(list(leaves), desc="loading", unit="tensor", delay=PATIENCE, leave=False):
+    for leaf in tqdm(list(leaves), desc="loading", unit="tensor", delay=PATIENCE, leave=False, disable=None):
         array = _aligned(leaf.shape, np.dtype(dtype))
         if not leaf.parts:
             array[...] = 0

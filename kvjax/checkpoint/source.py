@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvjax.errors import CheckpointError
@@ -31,13 +32,16 @@ def bundled() -> list[str]:
     return sorted(p.name for p in BUNDLED.iterdir() if (p / "config.json").is_file()) if BUNDLED.is_dir() else []
 
 
-def resolve(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, str]:
+def resolve(
+    source: str | os.PathLike[str], revision: str | None, patterns: Sequence[str] = tuple(PATTERNS)
+) -> tuple[Path, str]:
     """A local folder and the model's name.
 
     Args:
         source: a bundled name; a path, if it is path-like, begins with "." or "~", or has a separator; else a hub id.
             `owner/name` reads both ways: it is a path if that folder exists.
         revision: branch, tag or commit on the hub.
+        patterns: which of its files are fetched from there.
 
     Raises:
         CheckpointError: no such folder, no hub client, or what the hub said.
@@ -53,7 +57,7 @@ def resolve(source: str | os.PathLike[str], revision: str | None) -> tuple[Path,
             what = "is a file; give the folder it lies in" if path.exists() else "is no folder"
             raise CheckpointError(f"load: {text} {what}")
         return path, path.resolve().name
-    return _download(text, revision), text
+    return _download(text, revision, patterns), text
 
 
 def _is_path(text: str) -> bool:
@@ -63,7 +67,7 @@ def _is_path(text: str) -> bool:
     return any(s in text for s in separators) and (Path(text).exists() or text.count("/") != 1 or text.endswith("/"))
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -73,7 +77,7 @@ def _download(repository: str, revision: str | None) -> Path:
             "install the client: pip install 'kvjax[hub]'"
         ) from None
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the client's errors, and those of the several clients below it, share no other base
         known = ", ".join(bundled()) or "none"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -6,19 +6,16 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from kvjax.cli.startup import one_line
+from kvjax.cli.startup import interruptible, load_lm, one_line
 from kvjax.cli.translate_text import decoded
 from kvjax.cli.write_text import sampler_of
 from kvjax.errors import InputError, KvjaxError
-from kvjax.lm import LM, load
+from kvjax.lm import LM
 from kvjax.loops.conversation import Conversation, Reply, Turn
 from kvjax.templates import read_text
 
@@ -29,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     """Talks as the arguments say; text, or one JSON object a reply, on stdout."""
     if sys.stdin is None:
         raise InputError("chat: standard input is closed; messages come from there")
-    lm = load(args.model, dtype=args.dtype)
+    lm = load_lm(args)
     session = Session(conversation(lm, args), as_json=args.json)
     typed = sys.stdin.isatty()
     if typed:
@@ -139,7 +136,7 @@ class Session:
 
     def _answer(self, reply: Reply) -> None:
         last = "\n"
-        with _interruptible(reply.stop):
+        with interruptible(reply.stop):
             try:
                 for piece in reply:
                     if not self._as_json:
@@ -168,24 +165,6 @@ def report(talk: Conversation) -> dict[str, Any]:
         "timings": {**dataclasses.asdict(turn.timings), "tokens_per_second": _speed(turn)},
         "cache_bytes": talk.nbytes,
     }
-
-
-@contextlib.contextmanager
-def _interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """The first interrupt inside ends what streams; the next one, the program."""
-    if threading.current_thread() is not threading.main_thread():  # only there can one listen
-        yield
-        return
-
-    def heard(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        stop()
-
-    before = signal.signal(signal.SIGINT, heard)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _typed() -> Iterator[str]:

@@ -8,12 +8,10 @@ import datetime
 import json
 import os
 import platform
-import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +22,7 @@ from kvjax.costs import Flops, example, textbook
 from kvjax.errors import InputError
 from kvjax.lm import load
 from kvjax.strategies import OPERATIONS, Comparison, Row, compare, sentences, with_encoder, without_rotation
+from kvjax.timing import processor
 
 CONTEXT = 512
 """Tokens that rows have and get unless told otherwise, or as many as the model has positions."""
@@ -71,13 +70,15 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(about | as_json(made)))
     else:
         print((_markdown if args.markdown else _text)(about, made))
+    if made.interrupted:  # the whole rounds are written
+        raise KeyboardInterrupt
 
 
 def machine() -> dict[str, Any]:
     """Where and with what something was measured."""
     device = jax.devices()[0]
     return {
-        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "device": device.device_kind if device.platform != "cpu" else processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "jax": metadata.version("jax"),
@@ -85,14 +86,6 @@ def machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "day": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
 
 
 def as_json(made: Comparison) -> dict[str, Any]:
@@ -103,6 +96,7 @@ def as_json(made: Comparison) -> dict[str, Any]:
         "new_tokens": made.new,
         "edited": made.edited,
         "capacity": made.capacity,
+        "interrupted": made.interrupted,
         "source": None if made.source is None else dataclasses.asdict(made.source),
         "strategies": [dataclasses.asdict(row) for row in made.rows],
         "sentences": sentences(made),

@@ -14,9 +14,9 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from kvjax.cli.startup import one_line
+from kvjax.cli.startup import load_lm, one_line
 from kvjax.errors import InputError
-from kvjax.lm import LM, load
+from kvjax.lm import LM
 from kvjax.loops.algorithms import Candidate
 from kvjax.loops.beam import Beam, beam
 from kvjax.loops.run import Run
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     done = 0
     with contextlib.ExitStack() as kept_open:
         lines, total = _lines(args, kept_open) if many else (iter(list(_given(args.text))), len(args.text))
-        lm = load(args.model, dtype=args.dtype)
+        lm = load_lm(args)
         if lm.model.encode is None:
             raise InputError(
                 f"translate: model {lm.name!r} has no encoder, it continues a text: kvjax generate --model {args.model}"

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from kvjax import sampling
+from kvjax.cli.startup import interruptible, load_lm
 from kvjax.errors import InputError
 from kvjax.lm import LM, load
 from kvjax.loops.drafters import draft_model, early_exit, prompt_lookup
@@ -25,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     if args.logprobs is not None and not args.json:
         raise InputError("generate: --logprobs goes with --json")
     began = time.perf_counter()
-    lm = load(args.model, dtype=args.dtype)
+    lm = load_lm(args)
     loaded = time.perf_counter() - began
     options = {
         "max_new_tokens": args.max_new_tokens,
@@ -38,14 +41,21 @@ def run(args: argparse.Namespace) -> None:
         "algorithm": algorithm_of(args),
     }
     pieces = stream(lm, [lm.encode(prompt)], **options)
-    out = _shown(pieces) if args.samples == 1 and not args.json else _finished(pieces)
+    interrupts: list[bool] = []
+    with interruptible(lambda: interrupts.append(True)):
+        (_shown if args.samples == 1 and not args.json else _counted)(pieces, interrupts)
+    out = pieces.result()
+    if interrupts:  # what there is of it is written all the same
+        out = dataclasses.replace(out, stop=["stopped" if each == "length" else each for each in out.stop])
     if args.json:
         print(json.dumps(report(lm, out, loaded)))
-        return
-    if args.samples > 1:
+    elif args.samples > 1:
         _put_all(out)
     sys.stdout.flush()
-    sys.stderr.write(_figures(out) + "\n")
+    if not args.json:
+        sys.stderr.write(_figures(out) + "\n")
+    if interrupts:
+        raise KeyboardInterrupt
 
 
 def read_prompt(prompt: str | None, file: str | None) -> str:
@@ -133,13 +143,23 @@ def _sample(out: Generated, row: int) -> dict[str, Any]:
     return found
 
 
-def _shown(pieces: Stream) -> Generated:
+def _shown(pieces: Stream, interrupts: list[bool]) -> None:
     last = "\n"
     for piece in pieces:
         last = _put(piece.text or "", last)
+        if interrupts:
+            break
     if last != "\n":
         sys.stdout.write("\n")
-    return pieces.result()
+
+
+def _counted(pieces: Stream, interrupts: list[bool]) -> None:
+    """To the end, or to an interrupt; on a terminal a bar says how far it is."""
+    with tqdm(unit=" tokens", file=sys.stderr, disable=None, leave=False) as bar:
+        for piece in pieces:
+            bar.update(len(piece.tokens))
+            if interrupts:
+                break
 
 
 def _put(piece: str, last: str) -> str:
@@ -151,12 +171,6 @@ def _put(piece: str, last: str) -> str:
 def _put_all(out: Generated) -> None:
     for row, text in enumerate(out.text or []):
         sys.stdout.write(f"--- seed {out.seeds[row]} ({out.stop[row]})\n{text}" + ("" if text.endswith("\n") else "\n"))
-
-
-def _finished(pieces: Stream) -> Generated:
-    for _ in pieces:  # looks up between chunks, so that an interrupt is heard
-        pass
-    return pieces.result()
 
 
 def _speed(out: Generated) -> float | None:

@@ -5,6 +5,7 @@ L layers, M width, H query heads, K kv heads, D head width, F feed-forward width
 """
 
 from kvjax.costs.clock import (
+    absorbed_heads,
     attention_intensity,
     beam_positions,
     both_kv_equal_weights_at,
@@ -20,6 +21,7 @@ from kvjax.costs.clock import (
     patch_sweep_share,
     speculation_speedup,
     step_seconds,
+    storage_for_kv,
 )
 from kvjax.costs.counted import count_flops
 from kvjax.costs.edits import edit_flops, edit_positions
@@ -39,6 +41,7 @@ from kvjax.costs.memory import (
     shared_prefix_nbytes,
     sites_of,
     slot_nbytes,
+    step_temporaries_nbytes,
     trace_nbytes,
 )
 from kvjax.costs.source import (
@@ -74,6 +77,7 @@ __all__ = [
     "Stored",
     "TEXTBOOK",
     "absorbed_flops",
+    "absorbed_heads",
     "attention_equals_linear_at",
     "attention_intensity",
     "beam_positions",
@@ -121,6 +125,8 @@ __all__ = [
     "source_slots",
     "speculation_speedup",
     "step_seconds",
+    "step_temporaries_nbytes",
+    "storage_for_kv",
     "textbook",
     "trace_nbytes",
     "with_absorbed_flops",

@@ -5,6 +5,10 @@ Sources: kipply, "Transformer Inference Arithmetic" (2022); Pope et al. 2022 (22
 
 from __future__ import annotations
 
+from kvjax.config import Config
+from kvjax.costs.memory import layer_input_ratio
+from kvjax.costs.work import layer_flops
+
 
 def step_seconds(
     linear_flops: float, weight_bytes: float, cache_bytes: float, *, flops: float, bandwidth: float
@@ -65,6 +69,18 @@ def most_storage_for_inputs(width: int, itemsize: int, flops: float, *, overlap:
     return itemsize * flops / ((2 if overlap else 4) * width)
 
 
+def absorbed_heads(config: Config, balance: float, itemsize: int) -> float:
+    """H up to which absorbed layer inputs are no slower than reading K/V, for any number of kv heads:
+    `largest_absorbed_heads` · (2 · K · D / M - 1); not above 0 where a layer's input has no fewer bytes."""
+    return largest_absorbed_heads(balance, itemsize) * (1 / layer_input_ratio(config) - 1)
+
+
+def storage_for_kv(config: Config, itemsize: int, flops: float) -> float:
+    """`least_storage_for_kv` for any shape: F · 2 · K · D · b over the FLOPs of one token in the maps of a layer."""
+    one = layer_flops(config, 0)
+    return flops * 2 * config.kv_heads * config.head_dim * itemsize / (one.projections + one.ffn)
+
+
 def expected_tokens(drafted: int, acceptance: float) -> float:
     """Tokens for each call of the target model with γ drafted ones: (1 - α^(γ + 1)) / (1 - α), γ + 1 at α = 1
     (Leviathan et al., 2211.17192)."""
@@ -116,6 +132,8 @@ __all__ = [
     "largest_absorbed_heads",
     "least_storage_for_kv",
     "most_storage_for_inputs",
+    "absorbed_heads",
+    "storage_for_kv",
     "expected_tokens",
     "speculation_speedup",
     "beam_positions",

@@ -224,6 +224,25 @@ def hybrid_nbytes(config: Config, *, batch: int, capacity: int, store: DType | S
     return dense_nbytes(config, batch=batch, capacity=capacity, store=store) + trace
 
 
+def step_temporaries_nbytes(config: Config, *, batch: int, slots: int, source: int = 0, itemsize: int = 4) -> int:
+    """Bytes that one step needs beside weights and cache, at most, where it reads the cache as it is stored and writes
+    it in place: B · (V + 2 · H · (T + S)) · max(4, b) for logits, scores and their weights, and
+    B · ((H + 2 · K) · D + 2 · F + 4 · M) · b for what one layer makes. Layers follow each other and use the same
+    memory; a compiler may need less.
+
+    Args:
+        config: the model.
+        batch: B.
+        slots: T.
+        source: S, positions of the source.
+        itemsize: b, bytes of a number that is computed with.
+    """
+    heads = (config.query_heads + 2 * config.kv_heads) * config.head_dim
+    made = heads + 2 * config.ffn_width + 4 * config.width
+    wide = config.vocab_size + 2 * config.query_heads * (slots + source)
+    return batch * (wide * max(4, itemsize) + made * itemsize)
+
+
 def latent_nbytes(layers: int, latent: int, rotary: int, capacity: int, batch: int, itemsize: int = 4) -> int:
     """Bytes of latents (DeepSeek-V2, 2405.04434): L · (d_c + d_r) · T · B · itemsize."""
     return layers * (latent + rotary) * capacity * batch * itemsize
@@ -244,5 +263,6 @@ __all__ = [
     "output_nbytes",
     "sites_of",
     "hybrid_nbytes",
+    "step_temporaries_nbytes",
     "latent_nbytes",
 ]

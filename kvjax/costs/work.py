@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 from kvjax.config import Config, NormOrder
-from kvjax.ops.attention import BLOCK, BLOCKWISE_ABOVE
+from kvjax.ops.attention import BLOCK, blockwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,8 @@ def layer_flops(config: Config, context: int) -> Flops:
 
 
 def attended(queries: int, slots: int) -> int:
-    """Queries that attention over so many slots computes: from `BLOCKWISE_ABOVE` slots on, whole blocks of them."""
-    if queries > BLOCK and slots > BLOCKWISE_ABOVE:
-        return math.ceil(queries / BLOCK) * BLOCK
-    return queries
+    """Queries that attention over so many slots computes: where it is blockwise, whole blocks of them."""
+    return math.ceil(queries / BLOCK) * BLOCK if blockwise(queries, slots) else queries
 
 
 def kv_flops(config: Config, *, slots: int, batch: int = 1, queries: int = 1) -> Flops:

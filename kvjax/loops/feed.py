@@ -102,7 +102,7 @@ def finish(model: Model, cache: Cache, x: Array, valid: Array) -> tuple[Array, C
     # All live tokens, not the new ones alone: what a rewind left in place shows again.
     live = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :] < cache.lengths[:, None]
     bad = jnp.any(live & ((cache.tokens < 0) | (cache.tokens >= logits.shape[-1])), axis=1)
-    broken = jnp.any(jnp.isnan(logits), axis=(1, 2)) & (valid > 0)
+    broken = jnp.isnan(jnp.max(logits, axis=(1, 2))) & (valid > 0)  # a largest is NaN if one of them is
     flags = cache.flags | jnp.where(bad, TOKEN, 0) | jnp.where(broken, NAN, 0)
     logits = jnp.where((flags != 0)[:, None, None], jnp.nan, logits)
     return logits, cache.replace(flags=flags.astype(jnp.int32))

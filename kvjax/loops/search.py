@@ -228,8 +228,9 @@ def _step(model: Model, beams: Beams, penalty: Array, early: Array, stops: Stops
 
     # The W best that go on, and the W best that end: between them are the W best of all.
     ends = stops.ends(text, v).reshape(b, w, v)
-    going, at = lax.top_k(jnp.where(ends, minus, total).reshape(b, w * v), w)
-    ending, last_at = lax.top_k(jnp.where(ends, total, minus).reshape(b, w * v), w)
+    # Without the barrier XLA:CPU sorts W · V numbers for one of the two (jax 0.7.2 to 0.12.0; tests/test_beam.py).
+    chosen = (lax.top_k(jnp.where(x, minus, total).reshape(b, w * v), w) for x in (ends, ~ends))
+    (going, at), (ending, last_at) = lax.optimization_barrier(tuple(chosen))
     every, places = (jnp.concatenate(pair, axis=1) for pair in ((going, ending), (at, last_at)))
     best, which = lax.top_k(every, w)
     ended = ((which >= w) | last[:, None]) & ~rests[:, None]

@@ -35,7 +35,7 @@ FIRST = 4
 
 CHECKED = {"cpu": 0.25}
 """What one more position costs the model in a call of few, in steps, by platform: the estimate by which drafts are
-chosen. Of a small model, measured by `benchmarks/speculation.py`; elsewhere a position more costs next to nothing."""
+chosen. Of a small model, measured by `benchmarks/speculative.py`; elsewhere a position more costs next to nothing."""
 
 LOOK = 4
 """Chunks before the first choice of a number of drafts; twice as many before the next."""
@@ -105,7 +105,8 @@ class Speculate:
         begun = np.asarray(progress.cache.lengths)
         state = begin(self.drafter, progress, source, drafted=most)
         drafted = FIRST if self.drafted is None else most
-        return Speculating(state, begun, wanted, self, sampler, rejects, wanted.limits, drafted)
+        each = CHECKED.get(jax.default_backend(), 0.02) + self.drafter.cost(wanted.model)
+        return Speculating(state, begun, wanted, self, sampler, rejects, wanted.limits, drafted, each)
 
 
 def speculate(drafter: Drafter, *, drafted: int | None = None, same_tokens: bool = False) -> Speculate:
@@ -149,6 +150,8 @@ class Speculating:
         rejects: see `verified.advance`.
         ends: `[B]`, lengths at which rows rest.
         drafted: drafts of the next round.
+        each: what one more draft costs, in steps: drafting it, and checking it.
+        counted: the sums of `state.tally`, as they were at the last look.
         rounds: by number of drafts, those that ran.
         looks: how often the number was chosen.
         before: the state before the last chunk, if it may have to run again.
@@ -162,6 +165,8 @@ class Speculating:
     rejects: bool
     ends: np.ndarray
     drafted: int
+    each: float
+    counted: Any = 0
     rounds: dict[int, int] = dataclasses.field(default_factory=dict)
     looks: int = 0
     before: Speculating | None = None
@@ -170,15 +175,16 @@ class Speculating:
 
     def look(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `UnderWay`."""
-        self.state.cache.check()
-        for cache in self.how.drafter.caches(self.state.draft):
-            flags, lengths = np.asarray(cache.flags), np.asarray(cache.lengths)
+        state, cache = self.state, self.state.cache
+        cache.check()
+        for each in self.how.drafter.caches(state.draft):
+            flags, lengths = np.asarray(each.flags), np.asarray(each.lengths)
             for row in np.flatnonzero(flags).tolist():
                 raise CacheError(f"speculate: the draft's row {row}, length {lengths[row]}: {meaning(int(flags[row]))}")
-        lengths = np.asarray(self.state.emitted)
-        wants = ~np.asarray(self.state.stopped) & (lengths < self.ends)
-        room, fed = np.asarray(self.state.cache.room), np.asarray(self.state.cache.lengths)
-        return lengths, wants, np.minimum(fed + 2 + self.drafted, self.wanted.limits) > room
+        # In NumPy: an operation of JAX takes longer than a look.
+        fed, room, pending, stopped = map(np.asarray, (cache.lengths, cache.room, state.pending, state.stopped))
+        lengths = fed + (pending >= 0)
+        return lengths, ~stopped & (lengths < self.ends), np.minimum(fed + 2 + self.drafted, self.wanted.limits) > room
 
     def grow(self) -> Speculating:
         """See `UnderWay`."""
@@ -197,10 +203,8 @@ class Speculating:
         return dataclasses.replace(self.before, ends=least)._run(VALUE, model, chunks)
 
     def _run(self, program: Any, model: Model, chunks: int) -> Speculating:
-        wanted, fixed = self.wanted, self.how.drafted is not None
+        wanted, fixed, drafted = self.wanted, self.how.drafted is not None, self.drafted
         chunks = chunks if fixed else min(chunks, LOOK << min(self.looks, 8))
-        had = None if fixed else jax.tree.map(np.asarray, self.state.tally)
-        drafted = self.drafted
         state = program(
             model,
             self.state,
@@ -215,25 +219,27 @@ class Speculating:
             rounds=max(wanted.every // (drafted + 1), 1),
             rejects=self.rejects,
         )
+        counted = np.asarray([np.asarray(x).sum() for x in jax.tree.leaves(state.tally)])
+        made = int(np.asarray(state.rounds)) - sum(self.rounds.values())
         return dataclasses.replace(
             self,
             state=state,
-            rounds=self.rounds | {drafted: self.rounds.get(drafted, 0) + int(state.rounds) - sum(self.rounds.values())},
-            drafted=drafted if had is None else self._chosen(model, had, jax.tree.map(np.asarray, state.tally)),
+            rounds=self.rounds | {drafted: self.rounds.get(drafted, 0) + made},
+            drafted=drafted if fixed else self._chosen(counted - self.counted),
+            counted=counted,
             looks=self.looks + 1,
             before=self if wanted.again else None,
         )
 
-    def _chosen(self, model: Model, had: Any, have: Any) -> int:
-        """Drafts for the next rounds, by what became of the last ones."""
-        new = jax.tree.map(lambda a, b: int((a - b).sum()), have, had)
-        if not new.calls:
+    def _chosen(self, new: np.ndarray) -> int:
+        """Drafts for the next rounds, by what became of the last ones, in the order of `Tally`."""
+        calls, _, tested, kept, drafting = new.tolist()
+        if not calls:
             return self.drafted
-        share, kept = new.drafting / new.calls, (new.kept + 1) / (new.tested + 2)  # as if one of two had been kept
-        each = CHECKED.get(jax.default_backend(), 0.02) + self.how.drafter.cost(model)
+        share, accepted = drafting / calls, (kept + 1) / (tested + 2)  # as if one of two had been kept
 
         def gain(drafted: int) -> float:
-            return (1 + share * (costs.expected_tokens(drafted, kept) - 1)) / (1 + drafted * each)
+            return (1 + share * (costs.expected_tokens(drafted, accepted) - 1)) / (1 + drafted * self.each)
 
         return max(DRAFTED, key=gain)
 

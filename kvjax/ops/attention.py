@@ -32,7 +32,7 @@ BLOCK = 256
 """Queries per block once a call is blockwise; at most BLOCK * T scores per head are alive."""
 
 BLOCKWISE_ABOVE = 1024
-"""Slots from which a call with more than BLOCK queries is blockwise."""
+"""Slots above which a call with more than BLOCK queries is blockwise; half of it on a CPU."""
 
 
 Decode = Callable[[Array, Any], tuple[Array, ...]]
@@ -154,9 +154,11 @@ def attention(
     """
     b, s, h, d = q.shape
     rule = _Rule(d**-0.5 if scale is None else scale, window, softcap, rotate, bias)
+    if not blockwise(s, sum(_slots(view) for view in views)):
+        return _attend(q, positions, views, kv_heads=kv_heads, rule=rule)
+    if rotate is not None and all(view.rotated and view.query_positions is None for view in views):
+        q, rule = rotate(q, positions), rule._replace(rotate=None)  # once: a block has no tables of its own
     run = functools.partial(_attend, kv_heads=kv_heads, rule=rule)
-    if s <= BLOCK or sum(_slots(view) for view in views) <= BLOCKWISE_ABOVE:
-        return run(q, positions, views)
     # Blocks of queries bound the scores at BLOCK x T: temporary memory grows with S, not with S x T.
     blocks = -(-s // BLOCK)
 
@@ -173,6 +175,13 @@ def attention(
     block = jax.checkpoint(block)  # type: ignore[attr-defined]
     out = lax.map(block, jax.tree.map(cut, (q, positions, own)))  # [blocks, B, BLOCK, H, D]
     return out.swapaxes(0, 1).reshape(b, blocks * BLOCK, h, out.shape[-1])[:, :s]
+
+
+def blockwise(queries: int, slots: int) -> bool:
+    """Whether a call goes over blocks of BLOCK queries."""
+    # On a CPU a block of slots that no query of a block sees is left out, and scores stay in the processor's caches.
+    above = BLOCKWISE_ABOVE // 2 if jax.default_backend() == "cpu" else BLOCKWISE_ABOVE
+    return queries > BLOCK and slots > above
 
 
 def _slots(view: View) -> int:
@@ -224,9 +233,13 @@ def _partial(
         return _absorbed(q, positions, view, kv_heads, rule)
     if view.pages is not None:
         return _paged(q, positions, view, kv_heads, rule, lift)
-    if decoding.in_blocks(q, view, rule.rotate):
-        # In blocks of slots: XLA:CPU would make a copy of the whole buffer in the dtype of the queries.
-        return decoding.by_blocks(lambda block: _partial(q, positions, block, kv_heads, rule, lift), view, EMPTY)
+    if (size := decoding.block_size(q, view, rule.rotate)) is not None:
+
+        def attend(block: View) -> tuple[Array, Array, Array]:
+            return _partial(q, positions, block, kv_heads, rule, lift)
+
+        reached = functools.partial(_reached, positions, rule.window)
+        return decoding.by_blocks(attend, view, EMPTY, size, reached)
     b, s, h, d = q.shape
     lead, k = view.k.shape[:-2], kv_heads
     g, rows = h // k, math.prod(lead) // k
@@ -303,6 +316,16 @@ def _mask(positions: Array, view: View, window: int | None, shape: tuple[int, ..
     return jnp.broadcast_to(seen[:, None, :, None], (rows, k, share, g, s, seen.shape[-1]))
 
 
+def _reached(positions: Array, window: int | None, view: View) -> Array:
+    """Whether any query at `positions[B, S]` may see any slot of the view; `[]` bool, true where it is not known."""
+    slots = view.positions
+    found = jnp.min(slots) <= (jnp.max(positions) if view.causal else EMPTY - 1)
+    windows = [w for w in (window, view.window) if w is not None]
+    if windows and not view.sinks:
+        found &= jnp.min(positions) - jnp.max(jnp.where(slots == EMPTY, -1, slots)) < min(windows)
+    return found
+
+
 def _biased(positions: Array, view: View, bias: Bias, shape: tuple[int, ...]) -> Array:
     """What is added to each score, `[R, K, share, G, S, T]`."""
     rows, k, share, g, s = shape
@@ -364,7 +387,9 @@ def _paged(
     top, total, out = (x.at[at].get(mode="fill", fill_value=none) for x, none in pairs)  # [B, n, K, G * S(, D)]
     highest = jnp.max(top, axis=1)
     weight = jnp.exp(top - highest[:, None])
-    return highest, jnp.sum(total * weight, axis=1), jnp.sum(out * weight[..., None], axis=1)
+    # As a product, because XLA:CPU is slow at sums over an axis in the middle.
+    joined = jnp.einsum("bnkm,bnkmd->bkmd", weight, out, precision=lax.Precision.HIGHEST)
+    return highest, jnp.sum(total * weight, axis=1), joined
 
 
-__all__ = ["View", "Absorb", "Decode", "attention", "visible", "EMPTY"]
+__all__ = ["View", "Absorb", "Decode", "attention", "blockwise", "visible", "EMPTY"]

@@ -1,8 +1,9 @@
-"""How attention reads what is stored in other numbers than it computes in.
+"""How attention reads what is stored in other numbers than it computes in, and what is longer than a CPU's caches.
 
 XLA on GPU and TPU fuses the decoding into the contraction. XLA on a CPU writes the decoded buffer out first, a copy as
 large as a cache of the computing dtype at every step; there a call with few queries goes over blocks of slots, whose
-results are joined as those of separate views are.
+results are joined as those of separate views are. So does one with many queries, whose scores would not fit the
+processor's caches, and it leaves out blocks that no query sees.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ SLOTS = 128
 
 QUERIES = 64
 """Queries per head of the view up to which a call goes over blocks of slots."""
+
+MANY = 128
+"""Queries per head of the view from which a call goes over blocks of slots, however those are stored."""
+
+MANY_SLOTS = 512
+"""Slots per block of such a call, or the next smaller number that divides the slots, down to half of it."""
 
 Parts = tuple[Array, Array, Array]
 
@@ -63,40 +70,54 @@ def headroom(weights: Array, dtype: Any) -> Array | None:
     return jnp.maximum(jnp.max(weights, axis=-1, keepdims=True), jnp.finfo(weights.dtype).tiny)
 
 
-def in_blocks(q: Array, view: Any, rotate: Any) -> bool:
-    """Whether queries `[B, S, H, D]` go over the view in blocks of slots; known while tracing."""
+def block_size(q: Array, view: Any, rotate: Any) -> int | None:
+    """Slots per block in which queries `[B, S, H, D]` go over the view, None for all at once; known while tracing."""
+    slots = view.k.shape[-2]
+    lead = max(view.k.size // (view.k.shape[-1] * slots), 1)
+    queries = q.shape[0] * q.shape[1] * q.shape[2] // lead
+    if jax.default_backend() != "cpu":
+        return None
+    if queries >= MANY and slots > MANY_SLOTS:
+        sizes = range(MANY_SLOTS, MANY_SLOTS // 2 - 1, -1)
+        return next((size for size in sizes if slots % size == 0 and size % _group(view) == 0), None)
     as_stored = view.k.dtype == view.v.dtype == q.dtype and view.k_decode is None and view.v_decode is None
     as_stored = as_stored and (view.rotated or rotate is None)
-    lead = max(view.k.size // (view.k.shape[-1] * view.k.shape[-2]), 1)
-    queries = q.shape[0] * q.shape[1] * q.shape[2] // lead
-    few = queries <= QUERIES and view.k.shape[-2] > 2 * _size(view)
-    return not as_stored and few and jax.default_backend() == "cpu"
+    few = queries <= QUERIES and slots > 2 * _size(view)
+    return _size(view) if few and not as_stored else None
 
 
-def by_blocks(attend: Callable[[Any], Parts], view: Any, empty: int) -> Parts:
+def by_blocks(
+    attend: Callable[[Any], Parts], view: Any, empty: int, size: int, seen: Callable[[Any], Array] | None = None
+) -> Parts:
     """Maxima, sums and unnormalised results of a view, block by block of its slots.
 
     Args:
         attend: gives them for a view of some of the slots.
         view: the whole.
         empty: position of a slot that holds nothing.
+        size: slots per block.
+        seen: whether any query may see a block, given as a view; those that none sees are left out. None: look at all.
+            A block that a row does not see leaves its result as it is, to the bit.
     """
-    slots, size = view.k.shape[-2], _size(view)
+    slots = view.k.shape[-2]
 
-    def block(i: Array | int) -> Parts:
+    def block(i: Array | int) -> Any:
         # The last block overlaps the one before it where sizes do not divide: what was seen is not seen again.
         start = jnp.minimum(i * size, slots - size)
         at = start + jnp.arange(size, dtype=jnp.int32)
         part = _cut(view, start, size)
-        return attend(part.replace(positions=jnp.where((at >= i * size)[None, :], part.positions, empty)))
+        return part.replace(positions=jnp.where((at >= i * size)[None, :], part.positions, empty))
 
-    def join(i: Array, seen: Parts) -> Parts:
-        (top, total, out), (own, n, o) = seen, block(i)
-        high = jnp.maximum(top, own)
-        old, new = jnp.exp(top - high), jnp.exp(own - high)
-        return high, _weighed(total, old) + _weighed(n, new), _weighed(out, old) + _weighed(o, new)
+    def join(i: Array, found: Parts) -> Parts:
+        def also(found: Parts) -> Parts:
+            (top, total, out), (own, n, o) = found, attend(block(i))
+            high = jnp.maximum(top, own)
+            old, new = jnp.exp(top - high), jnp.exp(own - high)
+            return high, _weighed(total, old) + _weighed(n, new), _weighed(out, old) + _weighed(o, new)
 
-    return lax.fori_loop(1, -(-slots // size), join, block(0))
+        return also(found) if seen is None else lax.cond(seen(block(i)), also, lambda found: found, found)
+
+    return lax.fori_loop(1, -(-slots // size), join, attend(block(0)))
 
 
 def _weighed(x: Array, weight: Array) -> Array:
@@ -143,4 +164,4 @@ def _cut(view: Any, start: Array, size: int) -> Any:
     )
 
 
-__all__ = ["decoded", "headroom", "in_blocks", "by_blocks"]
+__all__ = ["decoded", "headroom", "block_size", "by_blocks"]

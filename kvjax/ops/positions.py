@@ -144,7 +144,8 @@ class Rope(Positions):
     relative = True
 
     def tables(self, positions: Array, head_dim: int, dtype: DType) -> tuple[Array, Array]:
-        """Cosines and sines `[B, S, 1, D/2]` at `positions[B, S]`, in at least float32."""
+        """Cosines and sines `[B, S, 1, D]` at `positions[B, S]`, in at least float32: of every wave twice, the first
+        sine negative."""
         cos, sin, factor = self._waves(positions, head_dim, dtype)
         return cos * factor, sin * factor
 
@@ -159,13 +160,16 @@ class Rope(Positions):
             frequencies, factor = self.scaling(frequencies, self.theta)
         dtype = jnp.promote_types(jnp.float32, dtype)
         angles = positions[:, :, None, None].astype(dtype) * jnp.asarray(frequencies, dtype)[None, None, None, :]
-        return jnp.cos(angles), jnp.sin(angles), factor
+        # Joined, they stay tables on a CPU: XLA would compute a cosine anew for every head of every layer.
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1), factor
 
     def rotate(self, x: Array, tables: tuple[Array, Array]) -> Array:
         """`x[B, S, heads, D]` turned by `tables`."""
         cos, sin = tables
-        low, high = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+        wide = x.astype(cos.dtype)
+        low, high = jnp.split(wide, 2, axis=-1)
+        return (wide * cos + jnp.concatenate([high, low], axis=-1) * sin).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

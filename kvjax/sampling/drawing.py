@@ -160,16 +160,21 @@ def noisy(logits: Array, keys: Array) -> Array:
 
 def largest(logits: Array) -> Array:
     """`[B]` int32, index of the first of the largest of `logits[B, V]`; faster on CPU than `argmax`. 0 on NaN."""
+    return _first(logits, jnp.max(logits, axis=1))
+
+
+def _first(logits: Array, top: Array) -> Array:
+    """Where `top[B]` stands first in `logits[B, V]`; 0 where it does not."""
     v = logits.shape[1]
     index = jnp.arange(v, dtype=jnp.int32)[None, :]
-    found = jnp.min(jnp.where(logits == jnp.max(logits, axis=1, keepdims=True), index, v), axis=1)
+    found = jnp.min(jnp.where(logits == top[:, None], index, v), axis=1)
     return jnp.where(found < v, found, 0)
 
 
 def chosen(scores: Array) -> Array:
     """`[B]` int32, as `largest`, and -1 where all of `scores[B, V]` are -inf, or one is NaN: no filter may make one."""
-    none = jnp.all(jnp.isneginf(scores), axis=1) | jnp.any(jnp.isnan(scores), axis=1)
-    return jnp.where(none, -1, largest(scores))
+    top = jnp.max(scores, axis=1)  # NaN if one is
+    return jnp.where(jnp.isneginf(top) | jnp.isnan(top), -1, _first(scores, top))
 
 
 def row_keys(seeds: Array) -> Array:

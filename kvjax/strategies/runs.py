@@ -91,6 +91,7 @@ class Comparison:
         capacity: slots that every step reads: context and new.
         rows: one a strategy.
         source: of a model with an encoder.
+        interrupted: whether an interrupt ended the timing after fewer rounds.
     """
 
     config: Config
@@ -101,6 +102,7 @@ class Comparison:
     capacity: int
     rows: tuple[Row, ...]
     source: SourceShape | None = None
+    interrupted: bool = False
 
 
 def compare(
@@ -118,6 +120,8 @@ def compare(
     watch: Callable[[str, int, int], None] = lambda what, done, of: None,
 ) -> Comparison:
     """Runs every strategy on one text of random tokens, greedily, and times them in turn, round by round.
+
+    An interrupt keeps the rounds that are whole, if there is one: then it ends the timing, and is not raised.
 
     Args:
         model: of this library's own decoder: predictions need its `Config`.
@@ -160,15 +164,23 @@ def compare(
     text = _Text(ids, others[:, :edited], new, capacity, read)
     total = len(chosen) * (1 + rounds)
     courses: list[_Course] = []
+    interrupted = False
     for i, strategy in enumerate(chosen):
         watch(f"{strategy.name}, compiling", i, total)
         courses.append(_Course(strategy, model, text))
-    for i, course in enumerate(courses * rounds, len(chosen)):
-        watch(course.strategy.name, i, total)
-        course.round()
-    watch("done", total, total)
+    try:
+        for i, course in enumerate(courses * rounds, len(chosen)):
+            watch(course.strategy.name, i, total)
+            course.round()
+        watch("done", total, total)
+    except KeyboardInterrupt:
+        whole, interrupted = i // len(chosen) - 1, True
+        if whole < 1:
+            raise
+        for course in courses:
+            course.seconds = {name: each[:whole] for name, each in course.seconds.items()}
     rows = tuple(course.row(courses[0]) for course in courses)
-    return Comparison(config, batch, context, new, edited, capacity, rows, shape)
+    return Comparison(config, batch, context, new, edited, capacity, rows, shape, interrupted)
 
 
 def _encoded(
@@ -278,17 +290,34 @@ class _Course:
         """Its figures."""
         if self.refused:
             return Row(self.strategy.name, self.refused)
-        config, batch, capacity = self.model.config, len(self.text.ids), self.text.capacity
-        store = self.model.layer_shapes()[0].dtype
-        nbytes = self.strategy.nbytes(config, batch=batch, capacity=capacity, store=store)
-        flops = self.strategy.flops(config, batch=batch, slots=capacity)
-        if self.strategy.source is not None and self.text.source is not None:
-            kept, (rows, slots, _) = self.strategy.source, self.text.source.states.shape
-            nbytes += kept.nbytes(config, source=slots, rows=rows, store=store)
-            queries = capacity if self.strategy.whole else 1
-            flops += kept.flops(config, source=slots, rows=rows, batch=batch, queries=queries)
+        batch, read = len(self.text.ids), self.text.source
+        source = None if read is None else (read.states.shape[0], read.states.shape[1])
+        nbytes, flops = predicted(self.strategy, self.model, batch=batch, capacity=self.text.capacity, source=source)
         agreement = _agreement(self.model, self.text.ids, reference.tokens, self.tokens, self.text.source)
         return Row(self.strategy.name, None, nbytes, self.nbytes, flops, self.counted, self.seconds, agreement)
+
+
+def predicted(
+    strategy: Strategy, model: Model, *, batch: int, capacity: int, source: tuple[int, int] | None = None
+) -> tuple[int, Flops]:
+    """Bytes of a strategy's cache, and FLOPs of one step of all rows; nothing is run.
+
+    Args:
+        strategy: what is kept.
+        model: of this library's own decoder.
+        batch: B.
+        capacity: T, slots of the text.
+        source: rows and slots of what is read besides, or None.
+    """
+    config, store = model.config, model.layer_shapes()[0].dtype
+    nbytes = strategy.nbytes(config, batch=batch, capacity=capacity, store=store)
+    flops = strategy.flops(config, batch=batch, slots=capacity)
+    if strategy.source is not None and source is not None:
+        kept, (rows, slots) = strategy.source, source
+        nbytes += kept.nbytes(config, source=slots, rows=rows, store=store)
+        queries = capacity if strategy.whole else 1
+        flops += kept.flops(config, source=slots, rows=rows, batch=batch, queries=queries)
+    return nbytes, flops
 
 
 def _agreement(model: Model, ids: np.ndarray, known: np.ndarray, made: np.ndarray, source: Source | None = None) -> str:
@@ -310,4 +339,4 @@ def _agreement(model: Model, ids: np.ndarray, known: np.ndarray, made: np.ndarra
     return worst
 
 
-__all__ = ["OPERATIONS", "Row", "Comparison", "SourceShape", "compare"]
+__all__ = ["OPERATIONS", "Row", "Comparison", "SourceShape", "compare", "predicted"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ EXAMPLES = """examples:
   python -m kvjax.train eval runs/my/model --text my.txt
   python -m kvjax.train eval ar2en --text ar2en-eval.txt
       exact matches and character error rate of the bundled transliterator, greedy and with four beams
+
+Progress goes to a terminal's standard error, the result to standard output, with --json as one JSON
+object. Ctrl-C writes the checkpoint and ends with 130.
 """
 
 
@@ -71,7 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "--record", action="store_true", help="write the result into the package's record and model card"
     )
+    for each in commands.choices.values():
+        each.add_argument("--json", action="store_true", help="one JSON object instead of a line of text")
     return parser
+
+
+def _tell(args: argparse.Namespace, text: str, **told: Any) -> None:
+    print(json.dumps(told) if args.json else text)
+
+
+def _trained(args: argparse.Namespace, text: str, step: int, **result: float) -> None:
+    folder = args.out / "model"
+    _tell(args, f"{text} at step {step}: {folder}", **result, step=step, folder=str(folder))
 
 
 def _lm(args: argparse.Namespace) -> None:
@@ -80,7 +95,8 @@ def _lm(args: argparse.Namespace) -> None:
 
     settings = Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
     progress = loop.train(args.text, args.out, settings, quiet=args.quiet)
-    print(f"held-out {progress.best_loss:.4f} nats per character at step {progress.best_step}: {args.out / 'model'}")
+    loss = progress.best_loss
+    _trained(args, f"held-out {loss:.4f} nats per character", progress.best_step, nats_per_character=loss)
 
 
 def _induction(args: argparse.Namespace) -> None:
@@ -88,7 +104,8 @@ def _induction(args: argparse.Namespace) -> None:
 
     settings = dataclasses.replace(induction.SETTINGS, **{name: getattr(args, name) for name in induction.OPTIONS})
     progress = induction.train(args.out, settings, quiet=args.quiet)
-    print(f"{progress.best_loss:.5f} nats per copied token at step {progress.best_step}: {args.out / 'model'}")
+    loss = progress.best_loss
+    _trained(args, f"{loss:.5f} nats per copied token", progress.best_step, nats_per_copied_token=loss)
 
 
 def _draft(args: argparse.Namespace) -> None:
@@ -96,7 +113,8 @@ def _draft(args: argparse.Namespace) -> None:
 
     settings = draft.Settings(**{name: getattr(args, name) for name in draft.OPTIONS})
     progress = draft.train(args.model, args.out, settings, quiet=args.quiet)
-    print(f"{1 - progress.best_loss:.4f} of drawn tokens kept at step {progress.best_step}: {args.out / 'model'}")
+    kept = 1 - progress.best_loss
+    _trained(args, f"{kept:.4f} of drawn tokens kept", progress.best_step, drawn_tokens_kept=kept)
 
 
 def _seq2seq(args: argparse.Namespace) -> None:
@@ -104,7 +122,8 @@ def _seq2seq(args: argparse.Namespace) -> None:
 
     settings = seq2seq.Settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(seq2seq.Settings)})
     progress = seq2seq.train(args.text, args.out, settings, quiet=args.quiet)
-    print(f"held-out {progress.best_loss:.4f} nats per character at step {progress.best_step}: {args.out / 'model'}")
+    loss = progress.best_loss
+    _trained(args, f"held-out {loss:.4f} nats per character", progress.best_step, nats_per_character=loss)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -119,7 +138,8 @@ def _eval(args: argparse.Namespace) -> None:
     found = measure(args.model, args.text, any_text=args.any_text)
     if args.record:
         record_test_loss(args.model, found)
-    print(f"{found.loss:.4f} nats per character ({found.chars:,} characters, {found.tokens:,} tokens)")
+    text = f"{found.loss:.4f} nats per character ({found.chars:,} characters, {found.tokens:,} tokens)"
+    _tell(args, text, nats_per_character=found.loss, characters=found.chars, tokens=found.tokens)
 
 
 def _eval_pairs(args: argparse.Namespace, folder: Path) -> None:
@@ -132,8 +152,12 @@ def _eval_pairs(args: argparse.Namespace, folder: Path) -> None:
     found = measure(load(folder), wanted)
     if args.record:
         record_accuracy(folder, args.text.name, found)
-    for name, one in found.items():
-        print(f"{name}: {one.exact:.4f} exact, character error rate {one.errors:.4f} ({len(wanted):,} pairs)")
+    lines = [
+        f"{name}: {one.exact:.4f} exact, character error rate {one.errors:.4f} ({len(wanted):,} pairs)"
+        for name, one in found.items()
+    ]
+    made = {name: {"exact": one.exact, "character_error_rate": one.errors} for name, one in found.items()}
+    _tell(args, "\n".join(lines), pairs=len(wanted), **made)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -157,7 +157,8 @@ def run(
         progress = start(settings, vocab_size)
     block_of_steps = settings.train_block(vocab_size)
     step = int(progress.state.step)
-    bar = tqdm(total=settings.steps, initial=step, unit="step", disable=quiet, file=sys.stderr, dynamic_ncols=True)
+    hidden = True if quiet else None  # None: where nobody is looking
+    bar = tqdm(total=settings.steps, initial=step, unit="step", disable=hidden, file=sys.stderr, dynamic_ncols=True)
     with _interruptible() as interrupts, bar:
         while step < settings.steps and not interrupts:
             begun = time.perf_counter()
