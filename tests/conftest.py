@@ -36,11 +36,20 @@ def rng():
 
 @pytest.fixture
 def quickly():
-    """For tests of many programs that each run for milliseconds: XLA need not optimise them."""
+    """For tests of many programs that each run for milliseconds: LLVM need not optimise them. XLA's own passes, which
+    fuse, reorder and alias, are the same."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def quickly_in_full(request):
+    """Tests of the full suite are such, but for those that say that they are not: they compile for most of their time,
+    and by default one case of each is optimised."""
+    if request.node.get_closest_marker("full") and not request.node.get_closest_marker("optimised"):
+        request.getfixturevalue("quickly")
 
 
 def pytest_terminal_summary(terminalreporter):

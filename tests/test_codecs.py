@@ -406,6 +406,7 @@ def test_blocks_can_be_mapped_and_differentiated():
 
 
 @pytest.mark.full
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", ["int8", "int4_channels"])
 def test_a_step_is_the_same_compiled_and_not(name):
     model, plan = tiny(FULL), caches.dense(store=STORES[name])

@@ -150,6 +150,7 @@ def test_a_setting_a_prompt_is_that_of_its_copies(name):
 
 
 @pytest.mark.full
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_is_not_compiled_and_mapped(name):
     each, x, text = TABLE[name][0](), scores(), texts()

@@ -91,8 +91,8 @@ def speculating():
     ("name", "seeds"),
     [
         ("model", (0,)),
-        pytest.param("model", SEEDS, marks=pytest.mark.full),
-        pytest.param("exit", SEEDS, marks=pytest.mark.full),
+        pytest.param("model", SEEDS, marks=[pytest.mark.full, pytest.mark.optimised]),
+        pytest.param("exit", SEEDS, marks=[pytest.mark.full, pytest.mark.optimised]),
     ],
     ids=("one", "model", "exit"),
 )
@@ -134,6 +134,7 @@ WRONG = {
 
 
 @pytest.mark.full
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_seen_on_every_seed(name, monkeypatch):
     for which, mutant in WRONG[name].items():
