@@ -70,9 +70,14 @@ def device_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-")
 
 
-def save(name: str, result: dict[str, Any], device: str | None = None) -> Path:
-    """Writes `results/<device>/<name>.json`."""
-    path = RESULTS / (device or device_name()) / f"{name}.json"
+def place(name: str, folder: str | None = None) -> Path:
+    """`results/<folder>/<name>.json`; without one, the folder of the device."""
+    return RESULTS / (folder or device_name()) / f"{name}.json"
+
+
+def save(name: str, result: dict[str, Any], folder: str | None = None) -> Path:
+    """Writes `place(name, folder)`."""
+    path = place(name, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     return path
@@ -162,6 +167,7 @@ def options(doc: str, count: int = 5) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=count, help=f"alternating, after one that warms up ({count})")
     parser.add_argument("--quick", action="store_true", help="a tiny shape: only whether it runs; saves nothing")
     parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--folder", help="of the results, for a second machine; default: what JAX calls the device")
     parser.add_argument("--note", default="", help="kept in the file")
     parser.add_argument("--table", metavar="FILE", type=Path, help="print the table of a file, and nothing else")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw what was measured, or the file of --table")
@@ -211,7 +217,7 @@ def done(
     result["load_at_end"] = facts()["load"]
     print(text)
     if not (arguments.no_save or arguments.quick):
-        print(save(name, result))
+        print(save(name, result, arguments.folder))
     if arguments.plot:
         plot(arguments.plot, result, draw)
 

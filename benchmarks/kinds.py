@@ -250,9 +250,9 @@ def draw(figure: Any, result: dict[str, Any]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def before(result: dict[str, Any]) -> dict[str, Any]:
+def before(result: dict[str, Any], folder: str | None) -> dict[str, Any]:
     """What the file of this device has already, if the versions are these."""
-    path = harness.RESULTS / harness.device_name() / "kinds.json"
+    path = harness.place("kinds", folder)
     found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     same = all(found.get(name) == result[name] for name in ("processor", *harness.PACKAGES))
     return {name: found[name] if same else {} for name in ("runs", "growth", "taken")}
@@ -273,7 +273,12 @@ def main() -> None:
     shapes = a.shapes or [x for x in harness.sizes(a.quick) if x not in ("135M", "8B")]
     dtype, names = a.dtype or harness.dtype_here(), list(dict.fromkeys(["dense", *a.kinds]))
     result = harness.begin(a)
-    result |= {"capacity": CAPACITY, "fill": FILL, "steps": STEPS, **(_nothing() if a.quick else before(result))}
+    result |= {
+        "capacity": CAPACITY,
+        "fill": FILL,
+        "steps": STEPS,
+        **(_nothing() if a.quick else before(result, a.folder)),
+    }
     for shape in shapes:
         measure(f"{shape}, {dtype}", "growth", result, a, lambda: growth(shape, dtype, a.rounds))  # noqa: B023
         for batch in a.batches:
@@ -303,7 +308,7 @@ def measure(
         "seconds": time.perf_counter() - began,
     }
     if not (a.no_save or a.quick):
-        harness.save("kinds", result | {"load_at_end": harness.facts()["load"]})
+        harness.save("kinds", result | {"load_at_end": harness.facts()["load"]}, a.folder)
     print(f"# {part}, {key}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
 

@@ -273,9 +273,9 @@ def model_config(panel: str, result: dict[str, Any]) -> Config:
     return config if panel == DECODER else dataclasses.replace(config, encoder=config)
 
 
-def before(result: dict[str, Any]) -> dict[str, Any]:
+def before(result: dict[str, Any], folder: str | None) -> dict[str, Any]:
     """Panels of the same model that the file of this device has already, if the versions are these."""
-    path = harness.RESULTS / harness.device_name() / "strategies.json"
+    path = harness.place("strategies", folder)
     found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     same = all(found.get(name) == result[name] for name in ("shape", "dtype", "processor", *harness.PACKAGES))
     return found["panels"] if same else {}
@@ -296,7 +296,7 @@ def main() -> None:
     a.lengths = a.lengths or ([32, 64] if a.quick else [2**i for i in (range(6, 11) if on_cpu else range(8, 15))])
     a.rounds = 1 if a.quick else a.rounds
     result: dict[str, Any] = harness.begin(a) | {"shape": a.shape, "dtype": a.dtype}
-    made = before(result) | {panel: panel_of(panel, a, result["ceilings"]) for panel in a.panels}
+    made = before(result, a.folder) | {panel: panel_of(panel, a, result["ceilings"]) for panel in a.panels}
     result["panels"] = {panel: made[panel] for panel in PANELS if panel in made}
     harness.done("strategies", result, a, draw, tell(result))
 

@@ -36,9 +36,9 @@ PARTS = (
 INTRO = """# Speed
 
 Written by `python scripts/speed_page.py` from [benchmarks/results](../benchmarks/results), which the commands below
-write. Times are of one machine, and of one that others share: what holds are ratios within a run. What a device reads
-and multiplies is measured in the same run. Why things are as they are stands in [decisions.md](decisions.md), "Speed";
-what a model will cost in [estimate.md](estimate.md).
+write. Times are of the machine that a table names, which others share: what holds are ratios within a run, and another
+processor has others. What a device reads and multiplies is measured in the same run. Why things are as they are stands
+in [decisions.md](decisions.md), "Speed"; what a model will cost in [estimate.md](estimate.md).
 
 A share of reading above 1 says that the machine was slower while its limit was measured than while the model ran: it
 is shared, and beside others their threads were there.

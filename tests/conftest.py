@@ -21,6 +21,19 @@ def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Tests of many programs that each run for milliseconds (`quickly`, and all of the full suite but for `optimised`)
+    are compiled without LLVM's optimisations, which round otherwise; XLA's own passes, which fuse, reorder and alias,
+    are the same. JAX would go on using what was compiled before, so that two programs of one test could differ by
+    which tests the process ran earlier: whatever was compiled goes when this changes."""
+    full = item.config.option.markexpr == "full" and not item.get_closest_marker("optimised")
+    quickly = full or item.get_closest_marker("quickly") is not None
+    if quickly != jax.config.values["jax_disable_most_optimizations"]:
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()
+
+
 def pytest_runtest_teardown(item, nextitem):
     inside = nextitem is not None and nextitem.path == item.path
     if MAPS.exists() and (not inside or next(ran) % 16 == 0):
@@ -32,24 +45,6 @@ def pytest_runtest_teardown(item, nextitem):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-@pytest.fixture
-def quickly():
-    """For tests of many programs that each run for milliseconds: LLVM need not optimise them. XLA's own passes, which
-    fuse, reorder and alias, are the same."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(autouse=True)
-def quickly_in_full(request):
-    """Tests of the full suite are such, but for those that say that they are not: they compile for most of their time,
-    and by default one case of each is optimised."""
-    if request.node.get_closest_marker("full") and not request.node.get_closest_marker("optimised"):
-        request.getfixturevalue("quickly")
 
 
 def pytest_terminal_summary(terminalreporter):

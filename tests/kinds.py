@@ -221,8 +221,9 @@ COSTLY = {
 """Checks that compile much run by default on these cases, and on the others in the full suite."""
 
 
-DEAREST = (drafts.same_with_drafts, moves.vmap, moves.gradients, contract.sharded)
-"""Checks that run on the first two cases of a kind only, also in the full suite: nothing compiles more."""
+DEAREST = (drafts.same_with_drafts, edits.edits, moves.vmap, moves.gradients, contract.sharded)
+"""Checks that run on the first two cases of a kind only, also in the full suite: nothing compiles more. Edits of every
+case are in test_edit.py."""
 
 
 BESIDE_A_SOURCE = (

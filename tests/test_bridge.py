@@ -25,7 +25,7 @@ from kvjax import InputError, caches
 from kvjax.bridge import linen as in_linen
 from kvjax.bridge import nnx as in_nnx
 
-pytestmark = pytest.mark.usefixtures("quickly")
+pytestmark = pytest.mark.quickly
 
 MODEL = tiny(MIXED)
 IDS = prompt_ids()

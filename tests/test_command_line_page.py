@@ -100,7 +100,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_examples_run(name, folder, quickly, monkeypatch, capsys):
+def test_the_examples_run(name, folder, monkeypatch, capsys):
     place, lm = folder
     monkeypatch.chdir(place)
     monkeypatch.setenv("KVJAX_COMPILE_CACHE", "off")

@@ -68,18 +68,18 @@ def test_a_refused_row_is_on_the_list_and_any_other_error_is_raised():
 
 
 @pytest.mark.full
-def test_a_row_of_the_tables_is_equal_under_every_algorithm(quickly):
+def test_a_row_of_the_tables_is_equal_under_every_algorithm():
     line = proof.of_kind("encoder", "ring, dense · absorbed")
     assert not line.wrong and len(line.outcomes) == len(NAMES)
 
 
 @pytest.mark.full
-def test_a_family_is_equal_under_its_default_plan(quickly):
+def test_a_family_is_equal_under_its_default_plan():
     assert not proof.of_family("mistral", page_script.configs()["mistral"]).wrong
 
 
 @pytest.mark.full
-def test_a_broken_plan_fails_whatever_the_algorithm(quickly):
+def test_a_broken_plan_fails_whatever_the_algorithm():
     """The others are in `test_equivalence`; recomputing the scores of beams that differ takes most of the time."""
     chosen = [proof.ALGORITHMS[at] for at in (2, 5, 8)]
     plan = BY_NAME["mask < for <="](caches.ring(WINDOW, slack=2))

@@ -87,7 +87,7 @@ def test_log_probabilities_are_those_of_the_forward_pass(chunk):
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name.replace(" ", "-")) for case in FIRST])
-def test_every_kind_scores_what_it_should(case, quickly):
+def test_every_kind_scores_what_it_should(case):
     if case.exact:
         wanted, found = (live(after_prompts(each, chunk=5)[0].logprobs) for each in (case.of_reference(), case))
     else:  # what its own steps give: one token at a time, in a loop or in a scan

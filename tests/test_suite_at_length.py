@@ -16,18 +16,17 @@ from hypothesis import strategies as st
 from kvjax.testing import programs, promises
 from kvjax.testing.cases import POSTNORM, RELATIVE
 
-pytestmark = pytest.mark.usefixtures("quickly")
+pytestmark = pytest.mark.quickly
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [1, 2])
-@kinds.each(lambda case: case.exact, lambda: [*kinds.cases(), *kinds.of_sources()])
+@kinds.each(lambda case: case.exact, kinds.firsts)
 def test_tokens_and_programs_are_equal_at_the_other_seeds(case, seed):
     varied = dataclasses.replace(case, config=RELATIVE) if case.config is POSTNORM else case
-    if seed == 1 or case in kinds.firsts():
-        promises.same_tokens(varied, (seed,))  # the post-norm model soon repeats itself at these seeds
+    promises.same_tokens(varied, (seed,))  # the post-norm model soon repeats itself at these seeds
     if seed == 1:
         programs.any_program(case, (seed,), count=24)
 
