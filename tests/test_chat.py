@@ -185,8 +185,11 @@ def test_a_stop_string_ends_a_reply_and_is_not_in_it():
 def test_a_template_that_asks_for_the_date_gets_that_of_the_beginning():
     text = "{{ strftime_now('%H:%M:%S.%f') }}" + (TEMPLATE.text or "")
     dated = dataclasses.replace(TEMPLATE, text=text)
-    talk = begin(None, template=dated).say("Hello").result()
-    assert talk.say("Hello").result().turns[-1].reused > len(talk.turns[-1].prompt)
+    first = begin(None, template=dated).say("Hello").result()
+    prompt = first.turns[-1].prompt
+    second = first.say("Hello").result().turns[-1]
+    assert second.prompt[: len(prompt)] == prompt and second.reused >= len(prompt)
+    assert begin(None, template=dated).say("Hello").result().turns[-1].prompt != prompt
 
 
 @pytest.mark.parametrize(

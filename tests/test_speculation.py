@@ -291,8 +291,8 @@ def test_new_prompts_samplers_seeds_stops_and_budgets_compile_nothing():
     model = tiny(ONE_LAYER)
     fixed = kvjax.speculate(kvjax.draft_model(near(ONE_LAYER)), drafted=4, same_tokens=True)
     kvjax.generate(model, PROMPTS[:2], max_new_tokens=30, algorithm=fixed, sampler=WARM)
+    other = sampling.chain(sampling.temperature(0.5), sampling.top_k(9), sampling.repetition_penalty(1.1))
     with Compilations() as made:
-        other = sampling.chain(sampling.temperature(0.5), sampling.top_k(9), sampling.repetition_penalty(1.1))
         kvjax.generate(model, PROMPTS[1:], max_new_tokens=[9, 20], algorithm=fixed, sampler=other, seed=8, stop_ids=[3])
     assert made.count == 0
 
