@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import jax
@@ -17,18 +18,28 @@ suite makes more. It lets go of what it compiled between files, where nobody cou
 ran = itertools.count(1)
 
 
+def is_quick(config):
+    """Every run but that of the corners is compiled quickly: most programs here run for milliseconds."""
+    return config.option.markexpr != "corner"
+
+
 def pytest_configure(config):
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    if is_quick(config):  # read at the first compilation; a flag that a jaxlib does not know ends the process
+        known = (0, 7) <= jax.version.__version_info__[:2] < (0, 13)
+        emitters = " --xla_cpu_use_fusion_emitters=false" if known else ""
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + emitters
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the processes that tests start
+        jax.config.update("jax_traceback_in_locations_limit", 0)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Tests of many programs that each run for milliseconds (`quickly`, and all of the full suite but for `optimised`)
-    are compiled without LLVM's optimisations, which round otherwise; XLA's own passes, which fuse, reorder and alias,
-    are the same. JAX would go on using what was compiled before, so that two programs of one test could differ by
-    which tests the process ran earlier: whatever was compiled goes when this changes."""
-    full = item.config.option.markexpr == "full" and not item.get_closest_marker("optimised")
-    quickly = full or item.get_closest_marker("quickly") is not None
+    """Tests are compiled without LLVM's optimisations and by older emitters of XLA's CPU, which takes far less time;
+    XLA's own passes, which fuse, reorder and alias, are the same. The corners run as users do, and what is `optimised`
+    has LLVM's optimisations everywhere. JAX would go on using what was compiled before, so that two programs of one
+    test could differ by which tests the process ran earlier: whatever was compiled goes when this changes."""
+    quickly = is_quick(item.config) and not item.get_closest_marker("optimised")
     if quickly != jax.config.values["jax_disable_most_optimizations"]:
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()

@@ -180,13 +180,10 @@ MUTATED = (
     one_layer(caches.layer_input(absorb=True), config=LEARNED),
     one_layer(caches.traced(caches.dense())),
     one_layer(caches.output()),
-    one_layer(caches.dense(store=codecs.int8()), **CODES),
     one_layer(caches.ring(W, slack=2, store=codecs.int8()), W, slack=2, **CODES),
-    one_layer(caches.dense(store=codecs.int4()), **CODES | {"error": 0.4}),
-    one_layer(caches.dense(store=codecs.fp8()), exact=False, error=0.2),
     one_layer(caches.dense(store=LATE), slack=4, **CODES | {"error": 0.25}),
 )
-"""Every kind (`hybrid()` is `traced()`), and every codec with scales, as the mutants see them."""
+"""Every kind (`hybrid()` is `traced()`), and a codec with scales per token and one per channel, as mutants see them."""
 
 MUTATED_SOURCES = (
     one_layer(caches.dense(), config=RELATIVE),
@@ -221,8 +218,15 @@ COSTLY = {
 """Checks that compile much run by default on these cases, and on the others in the full suite."""
 
 
-DEAREST = (drafts.same_with_drafts, edits.edits, moves.vmap, moves.gradients, contract.sharded)
-"""Checks that run on the first two cases of a kind only, also in the full suite: nothing compiles more. Edits of every
+OF_FIRSTS = {
+    drafts.same_with_drafts: 2,
+    edits.edits: 2,
+    moves.jit_is_eager: 2,
+    moves.vmap: 1,
+    moves.gradients: 1,
+    contract.sharded: 1,
+}
+"""Checks that compile most run on this many of the first cases of a kind only, also in the full suite. Edits of every
 case are in test_edit.py."""
 
 
@@ -248,7 +252,7 @@ def each_check(cases):
         for case in cases:
             if check is contract.sharded and case.config.encoder is not None:
                 continue  # its model attends to no source
-            if check in DEAREST and case not in firsts():
+            if case not in firsts(OF_FIRSTS.get(check)):
                 continue
             left_out = case.full or case.name not in COSTLY.get(check, (case.name,))
             left_out |= case.config.encoder is not None and check not in BESIDE_A_SOURCE
@@ -257,9 +261,9 @@ def each_check(cases):
             yield pytest.param(check, case, id=name, marks=marks)
 
 
-def firsts():
-    """The first two cases of every kind."""
-    return [case for listed in (*TABLE.values(), *CROSS_TABLE.values()) for case in listed[:2]]
+def firsts(count=2):
+    """The first cases of every kind, of which None stands for all."""
+    return [case for listed in (*TABLE.values(), *CROSS_TABLE.values()) for case in listed[:count]]
 
 
 def each(only=lambda case: True, cases=cases):

@@ -25,8 +25,6 @@ from kvjax import InputError, caches
 from kvjax.bridge import linen as in_linen
 from kvjax.bridge import nnx as in_nnx
 
-pytestmark = pytest.mark.quickly
-
 MODEL = tiny(MIXED)
 IDS = prompt_ids()
 LOCAL = caches.per_layer(local=caches.ring(WINDOW, slack=16), full=caches.dense())  # the default plan

@@ -21,8 +21,6 @@ from kvjax.bridge import linen as in_linen
 from kvjax.bridge import nnx as in_nnx
 from kvjax.ops.positions import Learned, Rope
 
-pytestmark = pytest.mark.quickly
-
 X = jax.random.normal(jax.random.key(0), (2, 7, 32))
 CAUSAL = nn.make_causal_mask(jnp.ones((2, 7)))
 

@@ -75,7 +75,6 @@ FULL = {"pages", "draft"}
 
 
 @pytest.mark.corner
-@pytest.mark.quickly
 @pytest.mark.parametrize("how", [pytest.param(x, marks=pytest.mark.full if x in FULL else ()) for x in LOOPS])
 def test_a_loop_asks_the_host_for_nothing(apart, how):
     out = generate(tiny(ONE_LAYER), 40, **LOOPS[how]())
@@ -84,7 +83,6 @@ def test_a_loop_asks_the_host_for_nothing(apart, how):
 
 
 @pytest.mark.corner
-@pytest.mark.quickly
 def test_a_scan_of_steps_and_a_step_ask_the_host_for_nothing():
     model = tiny(ONE_LAYER)
     run = loop.VALUE._replace(step=Apart(loop.VALUE.step), decode=Apart(loop.VALUE.decode))
@@ -105,7 +103,6 @@ def asks(x):
 
 
 @pytest.mark.corner
-@pytest.mark.quickly
 @pytest.mark.parametrize("asking", [looks, asks])
 def test_a_loop_that_asks_the_host_is_found(asking):
     model = tiny(ONE_LAYER)

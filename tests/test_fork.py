@@ -103,9 +103,11 @@ def test_donating_twins_give_equal_results_and_use_the_cache_up(case):
     assert set(calls) | elsewhere >= set(kvjax.donating.__all__)
     for name, call in calls.items():
         own = jax.tree.map(jnp.copy, cache)
-        want = snapshot(call(kvjax, own))
+        want = call(kvjax, own)
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(own)), name
-        assert snapshot(call(kvjax.donating, own)) == want, name
+        for a, b in zip(*map(jax.tree.leaves, (call(kvjax.donating, own), want)), strict=True):
+            few = 1e-6 if jnp.issubdtype(a.dtype, jnp.floating) else 0  # in place, a loop may be vectorised otherwise
+            np.testing.assert_allclose(a, b, rtol=few, atol=few, err_msg=name)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(own)), name
     kvjax.donating.prefill(model, kvjax.init_cache(model, case.plan, batch=3, capacity=96), ids)  # a fresh one, too
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((model, logits, cache)))

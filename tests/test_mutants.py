@@ -12,8 +12,6 @@ from kvjax.testing import drafts, edits, moves, mutants, programs, promises, sou
 from kvjax.testing.mutants import MUTANTS, NOTHING
 from kvjax.testing.sharded import sharded
 
-pytestmark = pytest.mark.quickly
-
 RING, PAGES, SOURCE = kinds.MUTATED[0], kinds.MUTATED[4], kinds.MUTATED_SOURCES[0]
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 OF_SOURCES = tuple(mutant for mutant in MUTANTS if mutant.name.startswith("source: "))

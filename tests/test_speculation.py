@@ -20,8 +20,6 @@ from kvjax.loops import speculative
 from kvjax.loops.drafters import DraftModel
 from kvjax.timing import Compilations
 
-pytestmark = pytest.mark.quickly
-
 MODEL = tiny(FULL)
 PROMPTS = [row[:n].tolist() for row, n in zip(prompt_ids(4, 3), (16, 7, 2), strict=True)]
 STEPS = 24

@@ -16,19 +16,15 @@ from hypothesis import strategies as st
 from kvjax.testing import programs, promises
 from kvjax.testing.cases import POSTNORM, RELATIVE
 
-pytestmark = pytest.mark.quickly
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", [1, 2])
 @kinds.each(lambda case: case.exact, kinds.firsts)
-def test_tokens_and_programs_are_equal_at_the_other_seeds(case, seed):
+def test_tokens_and_programs_are_equal_at_another_seed(case):
     varied = dataclasses.replace(case, config=RELATIVE) if case.config is POSTNORM else case
-    promises.same_tokens(varied, (seed,))  # the post-norm model soon repeats itself at these seeds
-    if seed == 1:
-        programs.any_program(case, (seed,), count=24)
+    promises.same_tokens(varied, (1,))  # the post-norm model soon repeats itself at this seed
+    programs.any_program(case, (1,), count=24)
 
 
 @pytest.mark.full
