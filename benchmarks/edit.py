@@ -6,9 +6,10 @@
 
 Eight tokens in a text are replaced, inserted or deleted at 10, 50 and 90 % of it. Edits are exact (`kvjax.edit`, with
 the cache used up) in a model that sees everything, and in one with windows: dense, dense beside a trace, and a ring.
-Last, `kvjax.approximate.splice`, which computes the new tokens only, so that what it reads takes longer than its FLOPs:
-there is no prediction. Rounds of prefill and edit alternate. The 15M shape, on an accelerator 1B. Four minutes on two
-cores.
+What follows an edit is fed in chunks of `prefill`'s sizes, so that edits share programs: what runs, with that padding,
+is predicted beside what must run. Last, `kvjax.approximate.splice`, which computes the new tokens only, so that what it
+reads takes longer than its FLOPs: there is no prediction. Rounds of prefill and edit alternate. The 15M shape, on an
+accelerator 1B. Four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 import kvjax
 from kvjax import approximate, caches, costs
 from kvjax.config import Config
+from kvjax.loops import rework
 
 CHANGED = 8
 PLACES = (0.1, 0.5, 0.9)
@@ -75,13 +77,28 @@ def cases(wide: kvjax.Model, window: int) -> list[Case]:
     ]
 
 
-def predicted(case: Case, edit: Edit, tokens: int) -> float | None:
-    """FLOPs of the edit over those of a prefill of `tokens`; None where nothing is predicted."""
+def wanted(case: Case, edit: Edit) -> tuple[int, ...] | None:
+    """Of each layer, positions that must run again; None where nothing is predicted."""
     if case.known is None:
         return None
-    config, text = case.model.config, {name: value for name, value in edit._asdict().items() if name != "name"}
-    positions = costs.edit_positions(config.windows, **text, **case.known)
-    slots = whole = tokens
+    text = {name: value for name, value in edit._asdict().items() if name != "name"}
+    return costs.edit_positions(case.model.config.windows, **text, **case.known)
+
+
+def computed(case: Case, edit: Edit, cache: kvjax.Cache) -> tuple[int, ...] | None:
+    """The same of those that run, padding included."""
+    if case.known is None:
+        return None
+    more = edit.new - (edit.stop - edit.start)
+    ends = (edit.start, edit.start + edit.new, edit.length + more, more)
+    return rework.plan(case.model, cache, *(np.asarray([x], np.int32) for x in ends)).columns
+
+
+def predicted(case: Case, positions: tuple[int, ...] | None, tokens: int) -> float | None:
+    """FLOPs of positions of each layer over those of a prefill of `tokens`."""
+    if case.known is None or positions is None:
+        return None
+    config, slots, whole = case.model.config, tokens, tokens
     if "rings" in case.known:  # a chunk reads the ring and itself
         slots, whole = (sum(case.known["rings"][0]) + n for n in (max(positions), tokens))
     prefill = costs.kv_flops(config, slots=whole, queries=tokens)
@@ -104,17 +121,27 @@ def measured(case: Case, edit: Edit, ids: np.ndarray, rounds: int) -> dict[str, 
         {name: functools.partial(harness.seconds, run, made[name]) for name, run in ways.items()}, rounds
     )
     share = harness.over(took["edit"], took["prefill"])
-    return {name: harness.spread(values) for name, values in took.items()} | {"share": share}
+    found: dict[str, Any] = {name: harness.spread(values) for name, values in took.items()} | {"share": share}
+    for name, over, positions in (
+        ("predicted", "over", wanted(case, edit)),
+        ("computed", "over_computed", computed(case, edit, cache)),
+    ):
+        due = predicted(case, positions, slots)
+        found |= {name: due, over: None if due is None else {k: v / due for k, v in share.items()}}
+    return found
 
 
 def tell(result: dict[str, Any]) -> str:
     """A line an edit."""
     lines = []
     for row in result["rows"]:
-        said = ["", ""] if row["predicted"] is None else [f"{row['predicted']:.1%}", harness.cell(row["over"])]
+        said = []
+        for name, over in (("predicted", "over"), ("computed", "over_computed")):
+            due = row.get(name)
+            said += ["", ""] if due is None else [f"{due:.1%}", harness.cell(row[over])]
         took = harness.cell({k: 1e3 * v for k, v in row["edit"].items()}, ".1f")
         lines.append([row["case"], row["what"], took, f"{row['share']['median']:.1%}", *said])
-    head = ["", "", "ms", "share of a prefill", "predicted", "over that"]
+    head = ["", "", "ms", "share of a prefill", "predicted", "over that", "with padding", "over that"]
     text = f"{result['shape']}, {result['dtype']}, {result['tokens']:,} tokens"
     return f"{harness.headline(result)}\n{text}\n\n{harness.table(head, lines)}"
 
@@ -161,10 +188,7 @@ def main() -> None:
     result: dict[str, Any] = harness.begin(a) | about | {"rows": []}
     for case in (x for x in cases(model, a.window) if x.name.startswith(a.only)):
         for edit in edits(a.tokens):
-            took, wanted = measured(case, edit, ids, a.rounds), predicted(case, edit, a.tokens)
-            over = None if wanted is None else {k: v / wanted for k, v in took["share"].items()}
-            named = {"case": case.name, "what": edit.name}
-            result["rows"].append(named | took | {"predicted": wanted, "over": over})
+            result["rows"].append({"case": case.name, "what": edit.name} | measured(case, edit, ids, a.rounds))
     harness.done("edit", result, a, draw, tell(result))
 
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+import kvjax
 from kvjax.config import Config
 from kvjax.ops import matrices
 
@@ -68,6 +69,13 @@ def layer(config: Config, times: Callable[[Array, Any], Array], x: Array, ws: tu
     return x + times(gate * up, ws[3])
 
 
+def layers(model: kvjax.Model) -> list[tuple[Array, ...]]:
+    """The four matrices of every layer."""
+    parts = (("attn", "qkv"), ("attn", "out"), ("ffn", "gate_up"), ("ffn", "down"))
+    each = (model.params["layers"][str(i)] for i in range(model.config.num_layers))
+    return [tuple(params[a][b]["kernel"] for a, b in parts) for params in each]
+
+
 def loop(config: Config, times: Callable[..., Array], head: Callable[..., Array], scanned: bool) -> Callable[..., Any]:
     """Compiled: STEPS steps from the stream `[B, M]`."""
 
@@ -89,8 +97,7 @@ def measure(shape: str, dtype: str, batch: int, count: int) -> dict[str, Any]:
     """Seconds of a step by every way, and its speed against the way that ships."""
     model, c = harness.model_of(shape, dtype), harness.SHAPES[shape]
     table, own, kv = model.params["embed"]["table"], c.query_heads * c.head_dim, c.kv_heads * c.head_dim
-    parts = (("attn", "qkv"), ("attn", "out"), ("ffn", "gate_up"), ("ffn", "down"))
-    each = [tuple(model.params["layers"][str(i)][a][b]["kernel"] for a, b in parts) for i in range(c.num_layers)]
+    each = layers(model)
     split = [
         (tuple(jnp.split(q, [own, own + kv], axis=1)), (o,), tuple(jnp.split(g, 2, axis=1)), (d,))
         for q, o, g, d in each

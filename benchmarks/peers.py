@@ -1,9 +1,10 @@
 """kvjax beside llama.cpp, CTranslate2 and Transformers on PyTorch: the same weights and prompts, float32, all cores.
 
-Greedy, and the tokens of all are compared; a row that differs is told with how near the choice was. Rounds alternate
-between all of them in one run, and ratios are taken within a round. Every one runs at its defaults, the same for every
-size. llama.cpp's defaults have a float16 cache and an attention that rounds to float16, which changes tokens: it runs
-with these, and with a float32 cache and its plain attention.
+Greedy, and the tokens of all are compared; where rows differ, how far the two choices are apart, of the largest logit
+(for beams, of the log-probability): the widest of them in the table, all in the JSON. Rounds alternate between all of
+them in one run, and ratios are taken within a round. Every one runs at its defaults, the same for every size.
+llama.cpp's defaults have a float16 cache and an attention that rounds to float16, which changes tokens: it runs with
+these, and with a float32 cache and its plain attention.
 
 decode    prompts of 16 tokens and what follows: `kvjax generate` against the others' `generate`. `kvjax decode` is the
           bare prefill and scan. Times have the prompt in them.
@@ -219,7 +220,7 @@ def shown(result: dict[str, Any]) -> str:
                     harness.cell(rate, ".0f"),
                     ratio,
                     f"{share:.2f}" if share else "",
-                    case["tokens"][name],
+                    peers_models.brief(case["tokens"][name]),
                 )
             )
         lines += [(case["name"], name, "failed", "", "", why) for name, why in case["failed"].items()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,12 @@ def difference(lm: kvjax.LM, prompt: list[int], mine: list[int], theirs: list[in
         logits = logits_of(lm, prompt, mine)[at]
         gap, of = float(logits[mine[at]] - logits[theirs[at]]) / float(np.abs(logits).max()), "largest logit"
     return f"{'tie' if abs(gap) < NEAR else 'differs'} at token {at}: {gap:.1e} of the {of}"
+
+
+def brief(said: str) -> str:
+    """What the benchmark says of rows that differ, in the width of a table: the largest gap between two choices."""
+    gaps = [abs(float(gap)) for gap in re.findall(r"([-+.\de]+) of the ", said.partition(": ")[2])]
+    return f"{said.partition(' rows')[0]} differ, by ≤ {max(gaps):.0e}" if gaps else said
 
 
 def logprob(logits: np.ndarray, text: list[int]) -> float:

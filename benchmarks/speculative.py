@@ -55,6 +55,9 @@ from kvjax.types import Array
 RIGHT = 0.8
 """Share of what is told that is so."""
 
+PASSES = 64
+"""Calls in a loop that is measured."""
+
 SAMPLERS = {"greedy": sampling.greedy(), "sampled": sampling.chain()}
 
 
@@ -62,7 +65,7 @@ SAMPLERS = {"greedy": sampling.greedy(), "sampled": sampling.chain()}
 class Case:
     """A drafter, and the parts of its rounds: models whose calls take v, over γ + 1 positions, and c, over one.
 
-    No drafter: it is told what the model will write. `passes` are calls in a measured loop, `repeats` loops in a round.
+    No drafter: it is told what the model will write. `repeats` are loops in a round.
     """
 
     name: str
@@ -72,8 +75,7 @@ class Case:
     checks: kvjax.Model
     drafts: kvjax.Model | None
     last: int = 0  # drafts of a round beyond γ
-    passes: int = 64
-    repeats: int = 5  # of a loop, which takes milliseconds
+    repeats: int = 5  # where a loop takes milliseconds
 
 
 @struct.node
@@ -134,12 +136,12 @@ def cases(draft_name: str, exits: list[int]) -> list[Case]:
         return np.random.default_rng(0).integers(0, large.config.vocab_size, (rows, length)).astype(np.int32)
 
     large = harness.model_of("15M" if jax.default_backend() == "cpu" else "1B", harness.dtype_here())
-    return [*found, Case("told", large, None, anything, large, None, passes=16, repeats=1)]
+    return [*found, Case("told", large, None, anything, large, None, repeats=1)]
 
 
-@functools.partial(jax.jit, static_argnames=("new", "count"))
-def passes(model: kvjax.Model, cache: Cache, sampler: Any, seeds: Array, new: int, count: int) -> Array:
-    """As many calls as are measured, over `new` positions each."""
+@functools.partial(jax.jit, static_argnames=("new", "count"), donate_argnums=1)
+def passes(model: kvjax.Model, cache: Cache, sampler: Any, seeds: Array, new: int, count: int) -> tuple[Array, Cache]:
+    """As many calls as are measured, over `new` positions each; the cache is as long as it was."""
     rows, keys = cache.batch, jnp.repeat(sampling.row_keys(seeds), new)
     every = jnp.full((rows,), new, jnp.int32)
 
@@ -151,7 +153,8 @@ def passes(model: kvjax.Model, cache: Cache, sampler: Any, seeds: Array, new: in
         chosen = sampler(logits.reshape(rows * new, -1), sampling.position_keys(keys, at.reshape(-1)))
         return (back_to(after, cache.lengths), chosen.reshape(rows, new)), None
 
-    return lax.scan(one, (cache, jnp.zeros((rows, new), jnp.int32)), None, length=count)[0][1]
+    cache, tokens = lax.scan(one, (cache, jnp.zeros((rows, new), jnp.int32)), None, length=count)[0]
+    return tokens, cache
 
 
 def measured(case: Case, batch: int, mode: str, a: argparse.Namespace) -> dict[str, Any]:
@@ -176,8 +179,13 @@ def measured(case: Case, batch: int, mode: str, a: argparse.Namespace) -> dict[s
 
     def calls(model: kvjax.Model, new: int) -> Callable[[], float]:
         cache = kvjax.init_cache(model, caches.dense(), batch=batch, capacity=256)
-        cache = kvjax.prefill(model, cache, prompts)[1]
-        return lambda: harness.seconds(lambda: passes(model, cache, sampler, seeds, new, case.passes)) / case.passes
+        kept = [kvjax.prefill(model, cache, prompts)[1]]
+
+        def go() -> Array:
+            tokens, kept[0] = passes(model, kept[0], sampler, seeds, new, PASSES)
+            return tokens
+
+        return lambda: harness.seconds(go) / PASSES
 
     drafter = case.drafter
     if drafter is None:

@@ -66,6 +66,9 @@ def test_what_a_peer_says_is_equal_a_tie_or_told_with_its_place(peers, folder):
     }
     alike = dataclasses.replace(lm, model=kvjax.decoder(lm.model.config, same))
     assert peers.models.difference(alike, prompt, mine, other).startswith("tie at token 3")
+    said = "tie at token 3: 1.0e-07 of the largest logit; differs at token 9: -2.0e-04 of the largest logit"
+    assert peers.models.brief(f"2 of 8 rows: {said}") == "2 of 8 differ, by ≤ 2e-04"
+    assert [peers.models.brief(x) for x in ("equal", "differ between rounds")] == ["equal", "differ between rounds"]
 
 
 def test_a_prompt_whose_text_has_a_tie_is_not_taken(peers, folder):
