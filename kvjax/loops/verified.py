@@ -225,15 +225,14 @@ def _round(
             raise InputError(f"speculate: {type(drafter).__name__} gives no laws; say `drawn = False` of its drafts")
         laws = jnp.swapaxes(drafts.laws, 0, 1)
         laws = jnp.concatenate([laws, jnp.zeros_like(laws[:1])])  # of no draft, and not looked at
-    logits = jnp.swapaxes(logits, 0, 1)
 
     def judged(logits: Array, at: Array, draft: Array, law: Array | None) -> Judged:
         here, key = text(taken.tokens, at), sampling.position_keys(keys, at)
         token = drawn(sampler, logits, key, here) if law is None else draft
         same = token == draft if law is None else _kept(sampler.law(logits, here), law, draft, key)
-        return Judged(token, same, stops.hit(here, token), jnp.any(jnp.isnan(logits), axis=1))
+        return Judged(token, same, stops.hit(here, token), jnp.isnan(jnp.max(logits, axis=1)))
 
-    made = jax.vmap(judged)(logits, at, given, laws)
+    made = jax.vmap(judged, in_axes=(1, 0, 0, 0))(logits, at, given, laws)
     same = made.same & has
     on = same & ~made.hit & ~made.broken & (made.tokens >= 0) & (at + 1 < ends[None, :])
     begun = active & (taken.flags == 0)
@@ -243,7 +242,7 @@ def _round(
     token, here = pick(made.tokens), text(taken.tokens, pick(at))
     if laws is not None:
         key = sampling.position_keys(keys, pick(at))
-        own = _replaced(sampler.law(pick(logits), here), pick(laws), pick(has), key)
+        own = _replaced(sampler.law(logits[rows, far], here), pick(laws), pick(has), key)
         token = jnp.where(pick(same), token, own)
     broken, none = begun & pick(made.broken), begun & ~pick(made.broken) & (token < 0)
     good = begun & ~broken & ~none
@@ -253,7 +252,7 @@ def _round(
     for i in range(drafted + 1):
         said = jnp.where(i < far, given[i], token)
         place = jnp.where(i < new, at[i], cache.capacity)
-        noted = None if noted is None else noted.note(logits[i], said, place)
+        noted = None if noted is None else noted.note(logits[:, i], said, place)
     flags = taken.flags | jnp.where(broken, NAN, 0) | jnp.where(none, NO_TOKEN, 0)
     tally, some = state.tally, begun.astype(jnp.int32)
     return state.replace(
